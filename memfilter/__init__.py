@@ -1,0 +1,31 @@
+"""memfilter finds and prunes the training samples that text-to-image diffusion models memorize.
+
+>>> import memfilter
+>>> manifest = memfilter.run(["shards/{00000..00099}.tar"], "out")  # doctest: +SKIP
+>>> dataset = wds.WebDataset(urls).compose(manifest.attach())  # doctest: +SKIP
+"""
+
+from importlib.metadata import version
+
+from .config import Config
+from .errors import ConfigError, InputError, MemfilterError, ModelError, RunError, ShardError, WorkerError
+from .manifest import Manifest, verify
+from .pipeline import rethreshold, run
+
+__version__ = version("memfilter")
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "InputError",
+    "Manifest",
+    "MemfilterError",
+    "ModelError",
+    "RunError",
+    "ShardError",
+    "WorkerError",
+    "__version__",
+    "rethreshold",
+    "run",
+    "verify",
+]

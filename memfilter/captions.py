@@ -1,0 +1,28 @@
+"""Captions compared by content: normal forms and their fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import unicodedata
+from functools import cache
+
+
+def normalise(caption: str) -> str:
+    """Return the caption with NFKC forms, case folded, punctuation as white space, and white space collapsed.
+
+    A caption of punctuation alone keeps it, so that it does not equal every other such caption.
+    """
+    folded = unicodedata.normalize("NFKC", caption).casefold()
+    return " ".join(folded.translate(_punctuation()).split()) or " ".join(folded.split())
+
+
+def fingerprint(caption: str) -> bytes | None:
+    """Return the 16-byte blake2b digest of the normalised caption; None for a caption that is only white space."""
+    text = normalise(caption)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() if text else None
+
+
+@cache
+def _punctuation() -> dict[int, str]:
+    return {c: " " for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)).startswith("P")}

@@ -1,0 +1,106 @@
+"""The command line: one function a command, each a single call."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from . import __version__
+from .errors import MemfilterError
+
+_CONFIG = click.option("--config", type=click.Path(path_type=Path), help="YAML file; keys not given have defaults.")
+_WORKERS = click.option("--workers", type=click.IntRange(min=1), help="Worker processes (default: one per CPU).")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.option("-v", "--verbose", is_flag=True, help="Log what the stages do.")
+def cli(verbose: bool) -> None:
+    """Find and prune the training samples that text-to-image diffusion models memorize."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+
+
+@cli.command()
+@click.argument("shards", nargs=-1, required=True)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run directory.")
+@_CONFIG
+@click.option("--model", help="A diffusers pipeline's folder or hub id that has seen the data.")
+@_WORKERS
+def run(shards: tuple[str, ...], out: Path, config: Path | None, model: str | None, workers: int | None) -> None:
+    """Read SHARDS (brace expansions, globs, folders, URLs) and write manifest and filtered shards to --out.
+
+    The same command continues an interrupted run.
+    """
+    from . import pipeline, summary
+    from .config import Config
+
+    given = Config.load(config)
+    if model:
+        given = Config.parse(
+            {**given.model_dump(mode="json"), "magnitude": {**given.magnitude.model_dump(), "model": model}}
+        )
+    manifest = pipeline.run(list(shards), out, given, workers)
+    click.echo("\n".join(summary.lines(manifest.info, str(out))))
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@_CONFIG
+@_WORKERS
+def rethreshold(directory: Path, config: Path | None, workers: int | None) -> None:
+    """Decide again in a run's DIRECTORY with the keys in --config, without reading the pixels again."""
+    from . import pipeline, summary
+
+    manifest = pipeline.rethreshold(directory, config, workers)
+    click.echo("\n".join(summary.lines(manifest.info, str(directory))))
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+def verify(directory: Path) -> None:
+    """Check every byte and count of a finished run in DIRECTORY."""
+    from .manifest import Manifest
+    from .manifest import verify as check
+    from .summary import reconciliation
+
+    problems = check(directory, lambda names: tqdm(names, desc="verify", unit="file", disable=None))
+    if problems:
+        raise MemfilterError("\n".join(f"{directory}: {p}" for p in problems))
+    click.echo(f"{directory}: sound; {reconciliation(Manifest.load(directory).counts)}")
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("memfilter-demo"), show_default=True)
+@_WORKERS
+def demo(out: Path, workers: int | None) -> None:
+    """Make shards with planted copies, run on them, and print planted against found."""
+    from . import demo as demonstration
+
+    click.echo("\n".join(demonstration.run(out, workers)))
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; exit with 0 done, 1 a clear error, 2 usage, 130 interrupted."""
+    try:
+        code = cli.main(arguments, standalone_mode=False)
+    except click.ClickException as e:
+        e.show()
+        code = e.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("memfilter: interrupted; run the same command again to continue", err=True)
+        code = 130
+    except MemfilterError as e:
+        click.echo(f"memfilter: {e}", err=True)
+        code = 1
+    except OSError as e:  # a full disk, a folder that may not be written
+        click.echo(
+            f"memfilter: {e.filename or 'file system'}: {e.strerror or e}; run the same command again after mending",
+            err=True,
+        )
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)

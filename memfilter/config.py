@@ -1,0 +1,154 @@
+"""The configuration of a run: frozen values, read from YAML, with a digest of any set of keys."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import ConfigError
+
+KeepOrder = Literal["resolution", "bytes", "caption_length", "uid"]
+Policy = Literal["record", "mask", "drop"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Input(_Section):
+    """How shards and captions are read."""
+
+    root: str | None = None
+    caption: Literal["txt", "json"] = "txt"
+    caption_field: str = "caption"
+    uid_field: str | None = None
+    allow_pipe: bool = False
+    max_pixels: Annotated[int, Field(gt=0)] = 178_956_970
+    max_bytes: Annotated[int, Field(gt=0)] = 256 * 2**20
+    on_bad_shard: Literal["stop", "skip"] = "stop"
+
+
+class Images(_Section):
+    """How images are compared, and which of a group is kept."""
+
+    hash: Literal["phash", "dhash", "ahash", "whash"] = "phash"
+    hash_radius: Annotated[int, Field(ge=0, le=16)] = 4
+    decode: Literal["fast", "full"] = "fast"
+    encoder: str | None = "builtin"
+    encoder_similarity: Annotated[float, Field(gt=0, le=1)] | None = None
+    keep: Annotated[tuple[KeepOrder, ...], Field(min_length=1)] = ("resolution", "bytes", "caption_length", "uid")
+
+
+class Captions(_Section):
+    """How captions are compared."""
+
+    tiers: tuple[Literal["exact"], ...] = ("exact",)
+
+
+class Quantile(_Section):
+    """Mask the scored samples at or above this quantile of their magnitudes."""
+
+    quantile: Annotated[float, Field(ge=0, lt=1)]
+
+
+class FalsePositiveRate(_Section):
+    """Mask what scores higher than all but this share of the captions in a reference file, one a line."""
+
+    false_positive_rate: Annotated[float, Field(ge=0, lt=1)]
+    reference: str
+
+
+class Magnitude(_Section):
+    """The text-conditional prediction magnitude and its threshold."""
+
+    model: str | None = None
+    mode: Literal["prompt"] = "prompt"
+    seeds: Annotated[int, Field(ge=1)] = 1
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    threshold: Quantile | FalsePositiveRate | Annotated[float, Field(ge=0)] | None = None
+
+
+class Policies(_Section):
+    """What is done with the samples that the stages find."""
+
+    image_duplicate: Policy = "drop"
+    caption_duplicate: Policy = "record"
+    magnitude: Policy = "mask"
+    pool_captions: bool = True
+
+
+class Output(_Section):
+    """What is written beside the manifest."""
+
+    shards: bool = True
+
+
+class Config(_Section):
+    """One run's configuration.  Unknown keys are errors."""
+
+    input: Input = Input()
+    images: Images = Images()
+    captions: Captions = Captions()
+    magnitude: Magnitude = Magnitude()
+    policy: Policies = Policies()
+    output: Output = Output()
+
+    @classmethod
+    def load(cls, path: str | Path | None, base: Config | None = None) -> Config:
+        """Return the configuration in the YAML file at `path`, laid over `base` key by key.
+
+        Raises ConfigError, in one line, for a file that cannot be read, unknown keys and values out of range.
+        """
+        values = base.model_dump(mode="json") if base else {}
+        if path is not None:
+            try:
+                given = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            except (OSError, UnicodeDecodeError) as e:
+                raise ConfigError(f"{path}: cannot be read: {e}") from e
+            except yaml.YAMLError as e:
+                raise ConfigError(f"{path}: not YAML: {' '.join(str(e).split())}") from e
+            if not isinstance(given, dict):
+                raise ConfigError(f"{path}: must hold sections such as 'images:', not a {type(given).__name__}")
+            for section, keys in given.items():
+                if isinstance(keys, dict):
+                    values[section] = {**values.get(section, {}), **keys}
+                elif keys is not None:
+                    values[section] = keys
+        return cls.parse(values, str(path))
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], origin: str = "configuration") -> Config:
+        """Return the configuration given as nested dictionaries; raises ConfigError naming key and cause."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as e:
+            raise ConfigError(f"{origin}: {_first_cause(e)}") from e
+
+    def digest(self, *keys: str) -> str:
+        """Return a digest of exactly the values of these dotted keys."""
+        dump = self.model_dump(mode="json")
+        values = {key: dump[key.split(".")[0]][key.split(".")[1]] for key in sorted(keys)}
+        return digest_of(values)
+
+
+def digest_of(value: Any) -> str:
+    """Return the blake2b-128 hex digest of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _first_cause(error: ValidationError) -> str:
+    causes = error.errors()
+    cause = next((c for c in causes if c["type"] == "extra_forbidden"), causes[0])
+    where = [str(p) for p in cause["loc"]]
+    if cause["type"] != "extra_forbidden":
+        return f"{'.'.join(where[:2])} = {cause['input']!r}: {cause['msg']}"
+    section: Any = Config.model_fields[where[0]].annotation if len(where) > 1 else Config
+    known = ", ".join(section.model_fields)
+    return f"unknown key '{'.'.join(where)}'; the keys there are: {known}"

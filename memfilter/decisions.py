@@ -1,0 +1,127 @@
+"""(groups, scores, policy) -> one decision per sample, with its reasons.  Pure: no file is read or written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .config import Policies
+from .records import METHODS, Groups, Ints, Samples, Scores
+
+ACTIONS = ("keep", "mask", "drop", "bad")
+KEEP, MASK, DROP, BAD = range(4)
+_ACTION = {"record": KEEP, "mask": MASK, "drop": DROP}
+DUPLICATION = ("none", "caption", "partial", "full")
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """One row per sample."""
+
+    action: npt.NDArray[np.int8]  # a position in ACTIONS
+    reasons: list[npt.NDArray[np.bool_]]  # one flag column per code of `codes`
+    codes: list[str]
+    canonical: Ints  # ordinal of the sample kept in its place, -1 for none
+    duplication: npt.NDArray[np.int8]  # a position in DUPLICATION
+    pooled: pa.ListArray  # pooled captions, null where none were pooled
+
+
+def decide(
+    samples: Samples,
+    groups: Groups,
+    captions: pa.Table,
+    scores: Scores | None,
+    threshold: float | None,
+    policy: Policies,
+) -> Decisions:
+    """Return the decisions.  At or above `threshold` a caption counts as memorized.
+
+    An image duplicate is any member of an image group but its keeper.  A caption duplicate is any member of a caption
+    group but one: the best-ranked of those that the image policy leaves in training, so that a group never loses its
+    last sample to two policies at once.
+    """
+    good, rows = samples.good, np.arange(len(samples))
+    over = np.zeros(len(captions) + 1, bool)  # one more: the caption of a bad sample is row -1
+    if scores is not None and threshold is not None:
+        over[:-1] = scores.magnitude >= np.float32(threshold)
+    memorized = over[groups.caption]
+
+    image_copy = groups.image_group != rows
+    left = good & ~(image_copy & (policy.image_duplicate != "record")) & ~(memorized & (policy.magnitude != "record"))
+    spared = _spared(groups, left)
+    caption_copy = good & (groups.caption_count > 1) & (spared[groups.caption_group] != rows)
+
+    action = np.zeros(len(samples), np.int8)
+    for found, name in (
+        (image_copy, policy.image_duplicate),
+        (caption_copy, policy.caption_duplicate),
+        (memorized, policy.magnitude),
+    ):
+        action = np.maximum(action, np.where(found, _ACTION[name], KEEP)).astype(np.int8)
+    action[~good] = BAD
+
+    codes = [f"{m}_duplicate" for m in METHODS] + ["caption_duplicate", "magnitude"]
+    reasons = [groups.method == i for i in range(len(METHODS))] + [caption_copy, memorized & good]
+    canonical = np.where(image_copy, groups.image_group, -1)
+    by_caption = caption_copy & ~image_copy & (policy.caption_duplicate != "record")
+    canonical[by_caption] = spared[groups.caption_group[by_caption]]
+    duplication = np.select(
+        [groups.joint_count > 1, groups.image_count > 1, groups.caption_count > 1], [3, 2, 1], 0
+    ).astype(np.int8)
+    pooled = _pool(samples, groups, captions, over, action) if policy.pool_captions else _nothing(len(samples))
+    return Decisions(action, reasons, codes, canonical, duplication, pooled)
+
+
+def _spared(groups: Groups, left: npt.NDArray[np.bool_]) -> Ints:
+    """Return, at each caption group's ordinal, the member that no caption policy touches."""
+    best = np.arange(len(left))
+    order = np.lexsort((groups.rank, ~left, groups.caption_group))
+    group, first = np.unique(groups.caption_group[order], return_index=True)
+    best[group] = order[first]
+    return best
+
+
+def _pool(
+    samples: Samples, groups: Groups, captions: pa.Table, over: npt.NDArray[np.bool_], action: npt.NDArray[np.int8]
+) -> pa.ListArray:
+    """Return of each kept or masked sample its own captions and those of its dropped copies, without the memorized.
+
+    Null where there was nothing to pool.  A sample's own caption comes first, then its json's `captions`, then its
+    copies' in the order of their rank.  Empty captions are not pooled.
+    """
+    n = len(samples)
+    lists = samples.table["captions"].combine_chunks()
+    lists = pa.concat_arrays(lists.chunks) if isinstance(lists, pa.ChunkedArray) else lists
+    own = np.flatnonzero(samples.good)
+    listed = pc.list_parent_indices(lists).to_numpy()
+    texts = pc.list_flatten(lists).cast(pa.large_string())
+    listed_caption = pc.index_in(texts, captions["text"].combine_chunks().cast(pa.large_string()))
+    source = np.concatenate([own, listed])
+    caption = np.concatenate([groups.caption[own], listed_caption.to_numpy().astype(np.int64)])
+    # a copy that is not dropped keeps its captions to itself
+    target = np.where(action[source] == DROP, groups.image_group[source], source)
+    place = np.concatenate([np.zeros(len(own), np.int64), 1 + np.arange(len(listed))])
+
+    has_pool = np.zeros(n, bool)
+    has_pool[target[(target != source) | (place > 0)]] = True
+    empty = captions["text"].to_pylist()[:1] == [""]  # sorted: the empty text is the first
+    wanted = has_pool[target] & (action[target] <= MASK) & ~over[caption] & ~((caption == 0) & empty)
+    source, caption, target, place = (x[wanted] for x in (source, caption, target, place))
+    order = np.lexsort((place, np.where(source == target, -1, groups.rank[source]), target))
+    target, caption = target[order], caption[order]
+    _, once = np.unique(target * len(captions) + caption, return_index=True)
+    once.sort()
+    target, caption = target[once], caption[once]
+    lengths = np.bincount(target, minlength=n)
+    offsets = np.r_[0, np.cumsum(lengths)]
+    none = ~has_pool | (action > MASK)
+    values = captions["text"].combine_chunks().take(pa.array(caption)).cast(pa.string())
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, mask=pa.array(none))
+
+
+def _nothing(n: int) -> pa.ListArray:
+    return pa.nulls(n, pa.list_(pa.string()))

@@ -1,0 +1,42 @@
+"""Every error that memfilter raises on purpose.
+
+    MemfilterError          one line that names the file, the number and the next step
+    ├── ConfigError         the configuration or the command's arguments cannot be obeyed
+    ├── InputError          no input, or inputs that contradict one another
+    │   └── ShardError      one shard cannot be read to its end
+    ├── ModelError          the diffusion model cannot be loaded or gives no usable prediction
+    ├── RunError            the run directory is in use, damaged or written by another version
+    └── WorkerError         a worker process died
+
+A bad *sample* is never an exception outside its shard: it is a manifest row with a cause.
+"""
+
+from __future__ import annotations
+
+
+class MemfilterError(Exception):
+    """The base of all errors that the command line prints as one line."""
+
+
+class ConfigError(MemfilterError):
+    """The configuration or the command's arguments cannot be obeyed."""
+
+
+class InputError(MemfilterError):
+    """There is no input, or the inputs contradict one another."""
+
+
+class ShardError(InputError):
+    """One shard cannot be read to its end; the message starts with its name."""
+
+
+class ModelError(MemfilterError):
+    """The diffusion model cannot be loaded or gives no usable prediction."""
+
+
+class RunError(MemfilterError):
+    """The run directory is in use, damaged, or written by another version."""
+
+
+class WorkerError(MemfilterError):
+    """A worker process died; the message names the shards that it was working on."""

@@ -1,0 +1,305 @@
+"""Signatures of all shards -> verified edges -> groups around keepers.  The only step that sees everything at once.
+
+A group is a keeper and the samples with a verified edge to it.  Samples are visited in the order `images.keep`: one
+with an edge to earlier keepers joins the best-ranked of them, any other becomes a keeper.  So a chain A~B~C never joins
+what is unlike, and the result depends on no shard order.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from importlib.metadata import version
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .config import Config, digest_of
+from .encoders import image_encoder
+from .errors import InputError
+from .joins import Pairs, embedding_join, hash_join
+from .records import EDGES, Groups, Ints, Samples, Shard
+from .store import Store, done, read_digest, read_table, write_table
+
+_STORED_RADIUS = 6  # edges are stored up to here, so that a smaller radius groups again without joining
+_STORED_SIMILARITY = 0.05  # likewise, this far below the encoder's own threshold
+
+
+def load_samples(shards: list[Shard], store: Store) -> Samples:
+    """Return the signatures of all shards; raises InputError when two samples give the same uid of their own."""
+    names = ["uid", "bad", "digest", "hash", "width", "height", "bytes", "blank", "caption", "fingerprint", "captions"]
+    parts = [read_table(store.signatures(s.name), names) for s in shards]
+    table = pa.concat_tables(parts).unify_dictionaries()
+    first = np.cumsum([0, *(len(p) for p in parts)])
+    good = table["bad"].is_null().to_numpy()
+    samples = Samples(shards, first, good, table)
+    uids = _void(table["uid"])[good]
+    values, place, count = np.unique(uids, return_index=True, return_counts=True)
+    if len(values) < len(uids):
+        at = int(np.flatnonzero(good)[place[np.argmax(count)]])
+        shard = int(np.searchsorted(first, at, "right")) - 1
+        raise InputError(
+            f"{shards[shard].name}: sample {at - first[shard]} has uid {table['uid'][at].as_py().hex()}, which "
+            f"{count.max()} samples give; take input.uid_field away or make it unique"
+        )
+    return samples
+
+
+def signatures_digest(shards: list[Shard], store: Store) -> str:
+    """Return the digest of all signature parts, in the order of their names."""
+    return digest_of([[s.name, read_digest(store.signatures(s.name))] for s in shards])
+
+
+# -- edges ------------------------------------------------------------------------------------------------------------
+
+
+def similarity(config: Config) -> float:
+    """Return the cosine at which two images are copies: the configured one, or the encoder's own."""
+    encoder = image_encoder(config.images.encoder)
+    return config.images.encoder_similarity or (encoder.similarity if encoder else 1.0)
+
+
+def find_edges(samples: Samples, store: Store, config: Config) -> tuple[pa.Table, pa.Table]:
+    """Return hash edges and embedding edges between representative rows, joined now or by an earlier run.
+
+    A row represents those with its hash, or with its content digest; blank images have no such edges.
+    """
+    inputs = signatures_digest(samples.shards, store)
+    compared = np.flatnonzero(samples.good & ~_flags(samples.table["blank"]))
+
+    radius = max(config.images.hash_radius, _STORED_RADIUS)
+    key = digest_of(["hash-edges-1", inputs, radius])
+    path = store.edges / "hash.parquet"
+    if not done(path, key):
+        hashes = samples.table["hash"].fill_null(0).to_numpy()[compared]
+        values, place = np.unique(hashes, return_index=True)
+        write_table(path, _edges(hash_join(values, radius), compared[place]), key)
+    hash_edges = read_table(path)
+
+    encoder = image_encoder(config.images.encoder)
+    if encoder is None:
+        return hash_edges, EDGES.empty_table()
+    lowest = min(similarity(config), encoder.similarity - _STORED_SIMILARITY)
+    key = digest_of(["embedding-edges-1", inputs, lowest, version("faiss-cpu")])
+    path = store.edges / "embedding.parquet"
+    if not done(path, key):
+        _, place = np.unique(_void(samples.table["digest"])[compared], return_index=True)
+        rows = compared[np.sort(place)]
+        # k-means depends on the order of its rows, and this one on nothing but the samples
+        rows = rows[np.argsort(_void(samples.table["uid"])[rows], kind="stable")]
+        write_table(path, _edges(embedding_join(_embeddings(samples, store, rows), lowest), rows), key)
+    return hash_edges, read_table(path)
+
+
+def _embeddings(samples: Samples, store: Store, rows: Ints) -> npt.NDArray[np.float32]:
+    place = np.full(len(samples), -1, np.int64)
+    place[rows] = np.arange(len(rows))
+    found: npt.NDArray[np.float32] | None = None
+    for shard, first in zip(samples.shards, samples.first, strict=False):
+        column = read_table(store.signatures(shard.name), ["embedding"])["embedding"].combine_chunks()
+        dim = column.type.list_size
+        if found is None:
+            found = np.empty((len(rows), dim), np.float32)
+        values = column.values.to_numpy(zero_copy_only=False).reshape(-1, dim)[
+            column.offset : column.offset + len(column)
+        ]
+        target = place[first : first + len(column)]
+        found[target[target >= 0]] = values[target >= 0]
+    if found is None:
+        return np.empty((0, 1), np.float32)
+    found /= np.maximum(np.sqrt((found * found).sum(1, keepdims=True)), 1e-6)
+    return found
+
+
+def _edges(pairs: Pairs, rows: Ints) -> pa.Table:
+    a, b = rows[pairs[0]], rows[pairs[1]]
+    a, b = np.minimum(a, b), np.maximum(a, b)
+    order = np.lexsort((b, a))
+    return pa.table([a[order], b[order], pairs[2][order]], schema=EDGES)
+
+
+# -- captions ---------------------------------------------------------------------------------------------------------
+
+
+def distinct_captions(samples: Samples, store: Store) -> tuple[pa.Table, Ints]:
+    """Write and return the table of distinct captions, sorted, and of each sample the row of its own (-1 if bad).
+
+    The table holds every text that is a sample's caption or stands in its `captions`.
+    """
+    own = samples.table["caption"].combine_chunks()
+    pooled = pc.list_flatten(samples.table["captions"]).combine_chunks()
+    texts = pc.unique(pa.concat_arrays([_plain(own), _plain(pooled)]).drop_null())
+    texts = texts.take(pc.sort_indices(texts))
+    key = digest_of(["captions-1", signatures_digest(samples.shards, store)])
+    table = pa.table({"text": texts})
+    if not done(store.captions, key):
+        write_table(store.captions, table, key)
+    return table, caption_rows(table, own)
+
+
+def caption_rows(distinct: pa.Table, texts: pa.Array) -> Ints:
+    """Return the row of each text in the table of distinct captions, -1 for null."""
+    rows: Ints = pc.index_in(_plain(texts), _plain(distinct["text"])).fill_null(-1).to_numpy().astype(np.int64)
+    return rows
+
+
+def _plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return (pa.concat_arrays(array) if isinstance(array, list) else array).cast(pa.large_string())
+
+
+# -- groups -----------------------------------------------------------------------------------------------------------
+
+
+def group(
+    samples: Samples, edges: tuple[pa.Table, pa.Table], captions: pa.Table, caption: Ints, config: Config
+) -> Groups:
+    """Return the image and caption groups of all samples and their multiplicities."""
+    rank = _rank(samples, config)
+    keeper, method, distance = _image_groups(samples, rank, edges, config)
+    caption_keeper = _caption_groups(samples, rank, captions, caption)
+    image_count = np.bincount(keeper, minlength=len(samples))[keeper]
+    caption_count = np.bincount(caption_keeper, minlength=len(samples))[caption_keeper]
+    _, joint, count = np.unique(np.stack([keeper, caption_keeper]), axis=1, return_inverse=True, return_counts=True)
+    return Groups(
+        rank, keeper, method, distance, caption_keeper, caption, image_count, caption_count, count[joint.ravel()]
+    )
+
+
+def _rank(samples: Samples, config: Config) -> Ints:
+    lengths = pc.fill_null(pc.utf8_length(samples.table["caption"]), 0).to_numpy().astype(np.int64)
+    _, uid = np.unique(_void(samples.table["uid"]), return_inverse=True)
+    keys = {
+        "resolution": -samples.ints("width") * samples.ints("height"),
+        "bytes": -samples.ints("bytes"),
+        "caption_length": -lengths,
+        "uid": uid,
+    }
+    order = np.lexsort([np.arange(len(samples)), uid, *(keys[k] for k in reversed(config.images.keep)), ~samples.good])
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    return rank
+
+
+def _image_groups(
+    samples: Samples, rank: Ints, edges: tuple[pa.Table, pa.Table], config: Config
+) -> tuple[Ints, npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Return of each sample its keeper, and method and distance of the edge between them.
+
+    Copies to the byte have the same edges, so they are one content; images of one hash have the same hash edges, so
+    those are walked from hash to hash.  Only contents with any relation are visited one by one.
+    """
+    n = len(samples)
+    keeper = np.arange(n)
+    method, distance = np.full(n, -1, np.int8), np.zeros(n, np.float32)
+    rows = np.flatnonzero(samples.good)
+    rows = rows[np.argsort(rank[rows])]
+    if not len(rows):
+        return keeper, method, distance
+    # contents and hashes are numbered by their best-ranked row, so that a smaller number is a better rank
+    content = np.full(n, -1, np.int64)
+    content[rows] = _number(_void(samples.table["digest"])[rows])
+    best = rows[np.unique(content[rows], return_index=True)[1]]
+    blank = _flags(samples.table["blank"])
+    hashes = samples.table["hash"].fill_null(0).to_numpy()
+    hash_of = np.full(n, -1, np.int64)
+    compared = rows[~blank[rows]]
+    hash_of[compared] = _number(hashes[compared])
+
+    near_hash = _neighbours(_within(edges[0], config.images.hash_radius), hash_of)
+    near_content = _neighbours(_within(edges[1], 1 - similarity(config) + 1e-7), content)
+    shared = np.bincount(hash_of[best][hash_of[best] >= 0], minlength=1)
+    has_edge = np.zeros(len(best), bool)
+    has_edge[list(near_content)] = True
+    hash_has_edge = shared > 1
+    hash_has_edge[list(near_hash)] = True
+    has_edge |= (hash_of[best] >= 0) & hash_has_edge[hash_of[best]]
+
+    joined = np.arange(len(best))  # of each content, the keeper's content
+    by_hash: dict[int, int] = {}  # of each hash, the best keeper within the radius
+    for c in np.flatnonzero(has_edge).tolist():
+        h = int(hash_of[best[c]])
+        found = [d for d in near_content.get(c, ()) if d < c and joined[d] == d]
+        if h in by_hash:
+            found.append(by_hash[h])
+        if found:
+            joined[c] = min(found)
+        elif h >= 0:
+            for other in (h, *near_hash.get(h, ())):
+                by_hash.setdefault(other, c)
+
+    keeper[rows] = best[joined[content[rows]]]
+    copies = rows[keeper[rows] != rows]
+    kept = keeper[copies]
+    same = content[copies] == content[kept]
+    bits = np.bitwise_count(hashes[copies] ^ hashes[kept])
+    by_bits = ~same & ~blank[copies] & ~blank[kept] & (bits <= config.images.hash_radius)
+    method[copies] = np.where(same, 0, np.where(by_bits, 1, 2))
+    distance[copies] = np.where(same, 0, bits)
+    rest = copies[method[copies] == 2]
+    distance[rest] = _distances(edges[1], content, content[rest], content[keeper[rest]])
+    return keeper, method, distance
+
+
+def _within(edges: pa.Table, distance: float) -> pa.Table:
+    return edges.filter(pc.less_equal(edges["distance"], pa.scalar(distance, pa.float32())))
+
+
+def _neighbours(edges: pa.Table, number: Ints) -> dict[int, list[int]]:
+    found: defaultdict[int, list[int]] = defaultdict(list)
+    for a, b in zip(number[edges["a"].to_numpy()].tolist(), number[edges["b"].to_numpy()].tolist(), strict=True):
+        found[a].append(b)
+        found[b].append(a)
+    return dict(found)
+
+
+def _distances(edges: pa.Table, content: Ints, a: Ints, b: Ints) -> npt.NDArray[np.float32]:
+    """Return the stored distances between these pairs of contents, which all have an edge."""
+    n = len(content)
+    one, other = content[edges["a"].to_numpy()], content[edges["b"].to_numpy()]
+    key = np.minimum(one, other) * n + np.maximum(one, other)
+    order = np.argsort(key)
+    place = np.searchsorted(key[order], np.minimum(a, b) * n + np.maximum(a, b))
+    found: npt.NDArray[np.float32] = edges["distance"].to_numpy()[order[place]]
+    return found
+
+
+def _caption_groups(samples: Samples, rank: Ints, captions: pa.Table, caption: Ints) -> Ints:
+    """Return of each sample the one that stands for its caption group.
+
+    Captions of one fingerprint are a group; its keeper is the caption that most samples use, then the first by text,
+    and the best-ranked sample that uses it stands for the group.  A sample without a caption is its own group.
+    """
+    n = len(samples)
+    keeper = np.arange(n)
+    rows = np.flatnonzero(samples.good & samples.table["fingerprint"].is_valid().to_numpy())
+    if not len(rows):
+        return keeper
+    use = np.bincount(caption[rows], minlength=len(captions))
+    _, number = np.unique(_void(samples.table["fingerprint"])[rows], return_inverse=True)
+    order = np.lexsort((rank[rows], caption[rows], -use[caption[rows]], number))
+    first = np.unique(number[order], return_index=True)[1]
+    keeper[rows] = rows[order[first]][number]
+    return keeper
+
+
+def _number(values: npt.NDArray[np.void] | npt.NDArray[np.uint64]) -> Ints:
+    """Return of each value a number by first appearance: 0 for the first distinct one."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    number = np.empty(len(first), np.int64)
+    number[np.argsort(first)] = np.arange(len(first))
+    return number[inverse]
+
+
+def _flags(column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    flags: npt.NDArray[np.bool_] = column.fill_null(False).to_numpy()
+    return flags
+
+
+def _void(column: pa.ChunkedArray) -> npt.NDArray[np.void]:
+    """Return a column of 16-byte binaries as numpy values that sort and compare as bytes do; nulls as zeros."""
+    array = pc.fill_null(column, bytes(16)).combine_chunks()
+    array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
+    width = array.type.byte_width
+    return np.frombuffer(array.buffers()[1], np.dtype(f"V{width}"), len(array), array.offset * width)

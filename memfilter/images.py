@@ -1,0 +1,122 @@
+"""Decode an image once, at the size that its comparison needs."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+from .records import THUMBNAIL_SIDE
+
+GREY_SIDE = 2 * THUMBNAIL_SIDE
+"""A fast decode is at least this many pixels on its shorter side, or the image's own size."""
+
+SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jfif")
+_FORMATS = ("JPEG", "PNG", "BMP", "MPO", "PPM", "TIFF", "GIF", "WEBP")
+
+
+class BadImage(Exception):
+    """An image that cannot be used: a code of `records.BAD_CODES` and the cause in words."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(f"{code}: {detail}")
+        self.code, self.detail = code, detail
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image's own size in pixels, upright, and its pixels.
+
+    `pixels` is uint8: grey (H, W) of at least GREY_SIDE on the shorter side, or RGB (H, W, 3) at full size.
+    """
+
+    width: int
+    height: int
+    pixels: npt.NDArray[np.uint8]
+
+
+def decode(data: bytes, full: bool, max_pixels: int) -> Decoded:
+    """Return the image decoded to its end and turned upright; the header is checked before any pixel is decoded.
+
+    With `full`, the pixels are those that imagededup itself would hash.  Raises BadImage.
+    """
+    if not data:
+        raise BadImage("empty_image", "the image member has 0 bytes")
+    if not full and data[:3] == b"\xff\xd8\xff" and b"Exif\0" not in data[:65536]:
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            if colours in ("YCbCr", "Gray", "RGB"):
+                _check_size(width, height, max_pixels)
+                grey = simplejpeg.decode_jpeg(
+                    data, "GRAY", fastdct=True, fastupsample=True, min_height=GREY_SIDE, min_width=GREY_SIDE
+                )
+                return Decoded(width, height, grey[:, :, 0])
+        except ValueError:  # Pillow is asked before an image is called unreadable
+            pass
+    return _decode_with_pillow(data, full, max_pixels)
+
+
+def _decode_with_pillow(data: bytes, full: bool, max_pixels: int) -> Decoded:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ours is the limit on pixels; odd metadata is no defect of the image
+            image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            _check_size(image.width, image.height, max_pixels)
+            width, height = image.size
+            orientation = image.getexif().get(0x0112, 1)
+            if not full:
+                image.draft("L", (GREY_SIDE, GREY_SIDE))
+            image.load()
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as e:
+        raise BadImage("too_many_pixels", str(e)) from e
+    except Exception as e:  # Pillow's decoders raise what they like on damaged bytes
+        raise BadImage("unreadable_image", f"{type(e).__name__}: {e}"[:200]) from e
+    if image.mode != "RGB" and not (image.mode == "L" and not full):
+        image = image.convert("RGBA").convert("RGB")
+    turn = _TURNS.get(orientation)
+    if turn is not None:
+        image = image.transpose(turn)
+        width, height = (height, width) if orientation >= 5 else (width, height)
+    return Decoded(width, height, np.asarray(image if full else image.convert("L")))
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImage("too_many_pixels", f"{width}x{height} is over input.max_pixels = {max_pixels:,}")
+
+
+def thumbnail(pixels: npt.NDArray[np.uint8], side: int = THUMBNAIL_SIDE) -> npt.NDArray[np.uint8]:
+    """Return grey or RGB pixels as grey (side, side), filtered."""
+    small = Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return np.asarray(small.convert("L"))
+
+
+def is_blank(small: npt.NDArray[np.uint8]) -> bool:
+    """Tell whether a thumbnail holds too little structure for a perceptual comparison.
+
+    True when its grey levels deviate by less than 4 of 255, or when a histogram of 32 levels has less than one bit
+    of entropy: one flat colour, or one colour with a few specks.
+    """
+    if small.std() < 4:
+        return True
+    share = np.bincount(small.ravel() >> 3, minlength=32) / small.size
+    share = share[share > 0]
+    return float(-(share * np.log2(share)).sum()) < 1.0

@@ -1,0 +1,273 @@
+"""Text-conditional prediction magnitudes of distinct captions, from a model that is loaded once and kept warm.
+
+The score of Wen et al. 2024, *Detecting, Explaining, and Mitigating Memorization in Diffusion Models*, at the first
+step: the L2 norm of e(x_T, t, caption) - e(x_T, t, "") over the whole latent, for pure noise x_T at the first timestep
+of a 50-step DDIM schedule, averaged over seeds.  Higher means memorized.  Every caption meets the same noise, so the
+unconditional prediction is computed once a seed, and captions with equal token ids are scored once.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from .config import Config, FalsePositiveRate, Quantile, digest_of
+from .denoisers import Denoiser, ModelFiles, find_model, load_denoiser, token_digest
+from .errors import ConfigError, ModelError
+from .records import SCORES, Floats, Ints, Scores
+from .store import Store, done, file_digest, read_note, read_table, write_table
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+STEPS = 50
+_CHUNK = 2048  # distinct conditions a checkpoint
+_LOWEST_FACTOR = 0.01  # below it the epsilon scale says nothing
+_LIBRARIES = ("diffusers", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a score depends on beside its caption."""
+
+    prediction_type: str
+    timestep: int
+    latent_shape: tuple[int, ...]
+    seeds: int
+    device: str
+    dtype: str
+    eps_factor: float
+
+
+class Scorer:
+    """A warm denoiser with its noise bank and its unconditional predictions.
+
+    Usable on its own: `Scorer.load("path").score(["a caption"])`.
+    """
+
+    def __init__(self, denoiser: Denoiser, seeds: int = 1, batch_size: int = 64) -> None:
+        import torch
+
+        self.denoiser, self.batch_size = denoiser, batch_size
+        timestep = denoiser.first_timestep(STEPS)
+        # drawn on the CPU in float32, so that every device and dtype sees the same noise
+        noise = [torch.randn(denoiser.latent_shape, generator=torch.Generator().manual_seed(s)) for s in range(seeds)]
+        self.noise = torch.stack(noise).to(denoiser.device, denoiser.dtype)
+        with torch.inference_mode():
+            empty = denoiser.encode([""])
+            self.unconditional = [self._predict(x[None], timestep, empty) for x in self.noise]
+        self.scoring = Scoring(
+            denoiser.prediction_type,
+            timestep,
+            tuple(denoiser.latent_shape),
+            seeds,
+            denoiser.device.type,
+            str(denoiser.dtype).removeprefix("torch."),
+            eps_factor(denoiser.prediction_type, denoiser.alpha_bar(timestep)),
+        )
+
+    @classmethod
+    def load(cls, spec: str, seeds: int = 1, dtype: str = "auto", batch_size: int = 64) -> Scorer:
+        """Return a scorer over the pipeline in a folder or under a hub id; raises ModelError."""
+        return cls(load_denoiser(find_model(spec), dtype), seeds, batch_size)
+
+    def score(self, captions: list[str]) -> Floats:
+        """Return (N, seeds) float32 raw magnitudes, one row a caption; equal token ids are scored once."""
+        ids = self.denoiser.token_ids(captions) if captions else []
+        first: dict[bytes, int] = {}
+        for i, condition in enumerate(ids):
+            first.setdefault(condition, i)
+        # in the order of the ids, so that a batch holds the same captions whatever order they came in
+        order = sorted(first)
+        norms = np.empty((len(order), len(self.noise)), np.float32)
+        for start in range(0, len(order), self.batch_size):
+            batch = [captions[first[condition]] for condition in order[start : start + self.batch_size]]
+            norms[start : start + len(batch)] = self._norms(batch)
+        place = {condition: i for i, condition in enumerate(order)}
+        return norms[[place[condition] for condition in ids]]
+
+    def _norms(self, captions: list[str]) -> Floats:
+        import torch
+
+        with torch.inference_mode():
+            # a short batch is filled up, so that every batch takes the same path through the kernels
+            condition = self.denoiser.encode(captions + [""] * (self.batch_size - len(captions)))
+            columns = []
+            for x, unconditional in zip(self.noise, self.unconditional, strict=True):
+                prediction = self._predict(x.expand(self.batch_size, *x.shape), self.scoring.timestep, condition)
+                columns.append((prediction - unconditional).flatten(1).norm(dim=1))
+            norms: Floats = torch.stack(columns, dim=1)[: len(captions)].cpu().numpy()
+        if not np.isfinite(norms).all():
+            worst = captions[int(np.argmin(np.isfinite(norms).all(1)))]
+            raise ModelError(
+                f"the model's prediction for {worst[:60]!r} is not finite in {self.scoring.dtype}; "
+                "set magnitude.dtype: float32"
+            )
+        return norms
+
+    def _predict(self, x: torch.Tensor, timestep: int, condition: torch.Tensor) -> torch.Tensor:
+        return self.denoiser.predict(x, timestep, condition).float()
+
+
+def eps_factor(prediction_type: str, alpha_bar: float) -> float:
+    """Return |f| with which a difference of raw predictions becomes one of noise predictions (variance preserving)."""
+    factors = {
+        "epsilon": 1.0,
+        "v_prediction": alpha_bar**0.5,
+        "sample": alpha_bar**0.5 / max(1 - alpha_bar, 1e-12) ** 0.5,
+    }
+    if prediction_type not in factors:
+        raise ModelError(f"prediction type {prediction_type!r} is none of {', '.join(factors)}")
+    return float(factors[prediction_type])
+
+
+# -- the stage --------------------------------------------------------------------------------------------------------
+
+
+Progress = Callable[[Iterator[int], int], Iterator[int]]
+
+
+def score_captions(
+    texts: pa.ChunkedArray,
+    captions_digest: str,
+    model: ModelFiles | None,
+    store: Store,
+    config: Config,
+    progress: Progress,
+) -> Scores | None:
+    """Return the scores of the distinct captions, computed now or by an earlier run; None without a model.
+
+    Scoring goes through fixed chunks of distinct conditions in the order of their token ids; each finished chunk is a
+    file.  Raises ModelError, and ConfigError for a reference file that cannot be used.
+    """
+    settings = config.magnitude
+    if model is None:
+        return None
+    base = digest_of(["scores-1", model.files, _numbers(config), _device(), {n: version(n) for n in _LIBRARIES}])
+
+    @cache
+    def scorer() -> Scorer:
+        # loaded when a table is missing, once, whatever is missing
+        return Scorer(load_denoiser(model, settings.dtype), settings.seeds, settings.batch_size)
+
+    digest = digest_of([base, captions_digest])
+    own, info = _table(texts, digest, store.scores / "captions.parquet", scorer, progress)
+    reference = None
+    if isinstance(settings.threshold, FalsePositiveRate):
+        path = Path(settings.threshold.reference)
+        lines = _reference(path)
+        digest = digest_of([base, "reference", file_digest(path)])
+        table, _ = _table(pa.chunked_array([lines]), digest, store.scores / "reference.parquet", scorer, progress)
+        reference = table["magnitude"].to_numpy()
+    info = {
+        "model": Path(model.spec).name if Path(model.spec).is_absolute() else model.spec,
+        "files": model.files,
+        **info,
+    }
+    return Scores(own["magnitude"].to_numpy(), own["magnitude_eps"].to_numpy(), reference, info)
+
+
+def _numbers(config: Config) -> str:
+    return config.digest("magnitude.mode", "magnitude.seeds", "magnitude.dtype", "magnitude.batch_size")
+
+
+@cache
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _table(
+    texts: pa.ChunkedArray,
+    digest: str,
+    path: Path,
+    scorer: Callable[[], Scorer],
+    progress: Progress,
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Return one row a caption, scored now or before, and what the scores depend on."""
+    chunks = path.parent / path.stem
+    if done(path, digest):
+        shutil.rmtree(chunks, ignore_errors=True)
+        return read_table(path), read_note(path)
+    warm = scorer()
+    captions: list[str] = texts.to_pylist()
+    ids: list[bytes] = []
+    for start in range(0, len(captions), 8192):
+        ids += warm.denoiser.token_ids(captions[start : start + 8192])
+    first: dict[bytes, int] = {}
+    for i, condition in enumerate(ids):
+        first.setdefault(condition, i)
+    order = sorted(first)
+    parts: list[pa.Table] = []
+    starts = range(0, len(order), _CHUNK)
+    log.info("scoring %d conditions of %d distinct captions", len(order), len(captions))
+    for start in progress(iter(starts), len(starts)):
+        part = chunks / f"{start // _CHUNK:06}.parquet"
+        part_digest = digest_of([digest, start])
+        if not done(part, part_digest):
+            chunk = order[start : start + _CHUNK]
+            per_seed = warm.score([captions[first[c]] for c in chunk])
+            write_table(part, _scores(chunk, per_seed, warm.scoring), part_digest)
+        parts.append(read_table(part))
+    scored = pa.concat_tables(parts) if parts else SCORES.empty_table()
+    place = {condition: i for i, condition in enumerate(order)}
+    table = scored.take(pa.array([place[condition] for condition in ids], pa.int64())).combine_chunks()
+    info = {**asdict(warm.scoring), "conditions": len(order)}
+    write_table(path, table, digest, info)
+    shutil.rmtree(chunks, ignore_errors=True)
+    return table, read_note(path)
+
+
+def _scores(ids: list[bytes], per_seed: Floats, scoring: Scoring) -> pa.Table:
+    raw = per_seed.mean(axis=1, dtype=np.float64).astype(np.float32)
+    eps = raw * np.float32(scoring.eps_factor / np.sqrt(np.prod(scoring.latent_shape)))
+    scaled = pa.array(eps, mask=np.full(len(eps), scoring.eps_factor < _LOWEST_FACTOR))
+    return pa.table([[token_digest(i) for i in ids], raw, scaled, list(per_seed)], schema=SCORES)
+
+
+def _reference(path: Path) -> pa.Array:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: the reference captions cannot be read: {e}") from e
+    lines = [line for line in lines if line]
+    if not lines:
+        raise ConfigError(f"{path}: holds no reference caption; give one a line")
+    return pa.array(lines)
+
+
+# -- the threshold ----------------------------------------------------------------------------------------------------
+
+
+def threshold(config: Config, scores: Scores | None, samples: Ints) -> float | None:
+    """Return the magnitude at or above which a sample counts as memorized; None when none was asked for.
+
+    `samples` holds the caption of each good sample, of whose magnitudes a quantile is taken.  For a false-positive
+    rate it is the lowest value that at most that share of the reference captions reach.
+    """
+    wanted = config.magnitude.threshold
+    if wanted is None:
+        return None
+    if scores is None:
+        raise ConfigError("magnitude.threshold is given and no model to score with; give --model or magnitude.model")
+    if isinstance(wanted, float):
+        return wanted
+    if isinstance(wanted, Quantile):
+        own = scores.magnitude[samples]
+        return float(np.quantile(own, wanted.quantile, method="higher")) if len(own) else None
+    assert scores.reference is not None
+    highest = np.sort(scores.reference)[::-1]
+    allowed = int(wanted.false_positive_rate * len(highest))
+    return float(np.nextafter(highest[allowed], np.float32(np.inf)))

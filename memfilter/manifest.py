@@ -1,0 +1,391 @@
+"""The manifest: one row per sample with what was decided and why; written, read, looked up and verified here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .config import digest_of
+from .decisions import ACTIONS, DUPLICATION, KEEP, Decisions
+from .errors import ConfigError, RunError
+from .records import MANIFEST, METHODS, Floats, Groups, Ints, Samples, Scores
+from .source import sample_uid, shard_stem
+from .store import Store, done, file_digest, read_table, replacing, write_json, write_table
+
+SCHEMA_VERSION = 1
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write(
+    store: Store,
+    samples: Samples,
+    groups: Groups,
+    decisions: Decisions,
+    scores: Scores | None,
+    about: dict[str, Any],
+) -> Manifest:
+    """Write the parts, the look-up file and, last, `manifest.json`; return the manifest.
+
+    `about` is what else `manifest.json`
+    tells: configuration, versions, model, thresholds, shards.  A part that would not change is left as it is.
+    """
+    uid = pc.fill_null(samples.table["uid"], bytes(16)).combine_chunks()
+    for shard, start, end in zip(samples.shards, samples.first, samples.first[1:], strict=False):
+        rows = np.arange(start, end)
+        names = read_table(store.signatures(shard.name), ["uid", "index", "key", "bad", "detail"])
+        table = _rows(rows, shard.name, names, uid, groups, decisions, scores)
+        path = store.manifest_part(shard.name)
+        digest = _content_digest(table)
+        if not done(path, digest):
+            write_table(path, table, digest)
+    _write_lookup(store, samples, uid, decisions, own_uids=about["config"]["input"]["uid_field"] is not None)
+    expected = {store.manifest_part(s.name) for s in samples.shards}
+    for part in (store.manifest / "parts").rglob("*.parquet"):
+        if part not in expected:  # of a shard that is no longer among the inputs
+            part.unlink()
+    counts = dict(zip(ACTIONS, np.bincount(decisions.action, minlength=len(ACTIONS)).tolist(), strict=True))
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "counts": {"read": len(samples), **counts},
+        **about,
+        "files": _files(store, samples, about),
+    }
+    write_json(store.manifest / "manifest.json", {**content, "digest": digest_of(content)})
+    return Manifest.load(store.path)
+
+
+def _files(store: Store, samples: Samples, about: dict[str, Any]) -> dict[str, str]:
+    """Return the digests of all files that the result rests on, by their path in the run directory."""
+    config = about["config"]
+    paths = [store.edges / "hash.parquet", store.captions, store.manifest / "lookup.arrow"]
+    paths += [path for s in samples.shards for path in (store.signatures(s.name), store.manifest_part(s.name))]
+    if config["images"]["encoder"] is not None:
+        paths.append(store.edges / "embedding.parquet")
+    if about["magnitude"] is not None:
+        paths.append(store.scores / "captions.parquet")
+    return {p.relative_to(store.path).as_posix(): file_digest(p) for p in paths}
+
+
+def _rows(
+    rows: npt.NDArray[np.int64],
+    shard: str,
+    names: pa.Table,
+    uid: pa.Array,
+    groups: Groups,
+    decisions: Decisions,
+    scores: Scores | None,
+) -> pa.Table:
+    action, canonical, method = decisions.action[rows], decisions.canonical[rows], groups.method[rows]
+    joined = method >= 0
+    columns = {
+        "uid": names["uid"],
+        "shard": [shard] * len(rows),
+        "index": names["index"],
+        "key": names["key"],
+        "action": np.array(ACTIONS)[action].tolist(),
+        "loss_weight": (action == KEEP).astype(np.float32),
+        "reasons": _reasons(decisions, rows, names["bad"]),
+        "detail": names["detail"],
+        "canonical_uid": uid.take(pa.array(canonical, mask=canonical < 0)),
+        "match_method": pa.array(np.array([*METHODS, ""])[method].tolist(), mask=~joined),
+        "match_distance": pa.array(groups.distance[rows], mask=~joined),
+        "image_group": groups.image_group[rows],
+        "caption_group": groups.caption_group[rows],
+        "image_count": groups.image_count[rows].astype(np.int32),
+        "caption_count": groups.caption_count[rows].astype(np.int32),
+        "joint_count": groups.joint_count[rows].astype(np.int32),
+        "duplication": np.array(DUPLICATION)[decisions.duplication[rows]].tolist(),
+        "magnitude": _of_rows(scores and scores.magnitude, groups.caption[rows]),
+        "magnitude_eps": _of_rows(scores and scores.magnitude_eps, groups.caption[rows]),
+        "captions": decisions.pooled.slice(rows[0] if len(rows) else 0, len(rows)),
+    }
+    return pa.table(columns, schema=MANIFEST)
+
+
+def _of_rows(column: Floats | None, caption: Ints) -> pa.Array:
+    if column is None:
+        return pa.nulls(len(caption), pa.float32())
+    values = np.append(column, np.float32(np.nan))[caption]  # a bad sample's caption is -1
+    return pa.array(values, mask=np.isnan(values))
+
+
+def _reasons(decisions: Decisions, rows: npt.NDArray[np.int64], bad: pa.ChunkedArray) -> pa.Array:
+    flags = np.stack([found[rows] for found in decisions.reasons], axis=1)
+    codes = bad.cast(pa.string()).combine_chunks()
+    values: list[str] = []
+    lengths = np.zeros(len(rows), np.int32)
+    reasons = np.array(decisions.codes)
+    for i in np.flatnonzero(flags.any(1) | codes.is_valid().to_numpy(zero_copy_only=False)):
+        own = [codes[i].as_py()] if codes[i].is_valid else reasons[flags[i]].tolist()
+        values += own
+        lengths[i] = len(own)
+    return pa.ListArray.from_arrays(np.r_[0, np.cumsum(lengths)].astype(np.int32), pa.array(values, pa.string()))
+
+
+def _content_digest(table: pa.Table) -> str:
+    stream = pa.BufferOutputStream()
+    with pa.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return hashlib.blake2b(stream.getvalue(), digest_size=16).hexdigest()
+
+
+def _write_lookup(store: Store, samples: Samples, uid: pa.Array, decisions: Decisions, own_uids: bool) -> None:
+    """Write where each sample's row is and its weight, sorted by sample, to be memory-mapped."""
+    shard = np.repeat(np.arange(len(samples.shards)), np.diff(samples.first))
+    places = uid
+    if own_uids:  # a loader knows a sample by shard and key alone
+        keys = pa.concat_tables([read_table(store.signatures(s.name), ["key"]) for s in samples.shards])["key"]
+        names = [samples.shards[i].name for i in shard]
+        ids = [sample_uid(n, k.encode()) for n, k in zip(names, keys.to_pylist(), strict=True)]
+        places = pa.array(ids, pa.binary(16))
+    halves = np.frombuffer(places.buffers()[1], ">u8", 2 * len(places), places.offset * 16).astype(np.uint64)
+    high, low = halves[::2], halves[1::2]
+    order = np.lexsort((low, high))
+    columns = {
+        "high": high[order],
+        "low": low[order],
+        "weight": (decisions.action[order] == KEEP).astype(np.float32),
+        "shard": shard[order].astype(np.int32),
+        "row": (np.arange(len(samples)) - samples.first[shard])[order].astype(np.int32),
+    }
+    table = pa.table(columns)
+    with replacing(store.manifest / "lookup.arrow") as path, pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_batch(table.combine_chunks().to_batches()[0] if len(table) else pa.record_batch(columns))
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+class Manifest:
+    """An opened manifest.  Cheap to open and to send to other processes: tables are read when they are asked for."""
+
+    def __init__(self, path: Path, info: dict[str, Any], root: str | None) -> None:
+        self.path, self.info, self.root = path, info, root
+
+    @classmethod
+    def load(cls, path: str | Path) -> Manifest:
+        """Open the manifest of a finished run; raises RunError when there is none or it is of another version."""
+        store = Store(path)
+        file = store.manifest / "manifest.json"
+        try:
+            info = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError(f"{path}: holds no manifest; finish the run with 'memfilter run ... --out {path}'") from None
+        except (OSError, ValueError) as e:
+            raise RunError(f"{file}: cannot be read: {e}; run the same command again") from e
+        if not isinstance(info, dict) or info.get("schema_version") != SCHEMA_VERSION:
+            raise RunError(f"{file}: not of schema version {SCHEMA_VERSION}; run again with this version of memfilter")
+        run = store.read_run() or {}
+        return cls(store.path, info, run.get("root"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Manifest, (self.path, self.info, self.root)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The reconciled counts: read = keep + mask + drop + bad."""
+        counts: dict[str, int] = self.info["counts"]
+        return counts
+
+    @cached_property
+    def shards(self) -> list[str]:
+        """The names of the shards that were read, relative to the input root."""
+        return [s["name"] for s in self.info["shards"] if not s.get("skipped")]
+
+    def table(self, columns: list[str] | None = None) -> pa.Table:
+        """Return the rows of all shards, sorted by (shard, index)."""
+        store = Store(self.path)
+        parts = [read_table(store.manifest_part(name), columns) for name in self.shards]
+        schema = pa.schema([MANIFEST.field(c) for c in columns]) if columns else MANIFEST
+        return pa.concat_tables(parts) if parts else schema.empty_table()
+
+    def weight(self, shard: str, key: str | bytes) -> float:
+        """Return the loss weight of the sample with this key in the shard of this name; raises KeyError."""
+        return float(self._lookup["weight"][self._find(shard, key)])
+
+    def row(self, shard: str, key: str | bytes) -> dict[str, Any]:
+        """Return the manifest's row of a sample as a dictionary; raises KeyError."""
+        place = self._find(shard, key)
+        part = self._part(int(self._lookup["shard"][place]))
+        found: dict[str, Any] = part.slice(int(self._lookup["row"][place]), 1).to_pylist()[0]
+        return found
+
+    def attach(
+        self,
+        missing: Literal["error", "keep"] = "error",
+        captions: Literal["own", "pool"] = "own",
+        pipes: Mapping[str, str] | None = None,
+    ) -> Attach:
+        """Return a webdataset stage that sets `sample["loss_weight"]`, a Python float.
+
+        A sample that the manifest does not know raises KeyError, or passes with weight 1 under `missing="keep"`.
+        With `captions="pool"`, samples with pooled captions get them as `sample["captions"]`, and one that is masked
+        for its own caption's magnitude alone trains with weight 1 on them.  `pipes` maps `pipe:` URLs to shard names.
+        """
+        if missing not in ("error", "keep") or captions not in ("own", "pool"):
+            raise ConfigError(f"attach(missing={missing!r}, captions={captions!r}): error or keep, own or pool")
+        return Attach(self, missing, captions, dict(pipes or {}))
+
+    def shard_of(self, url: str) -> str:
+        """Return the name of the shard at a URL: below the input root, or the filtered shards, or by its longest
+        path suffix that names exactly one shard.  Raises KeyError.
+        """
+        path = url.split("?")[0].split("#")[0].removeprefix("file:")
+        known = self._names
+        for root in (self.root, str((self.path / "shards").resolve())):
+            full = path if "://" in path else str(Path(path).resolve())
+            if root and full.startswith(root.rstrip("/") + "/"):
+                name = full[len(root.rstrip("/")) + 1 :]
+                if name in known:
+                    return name
+        parts = path.split("/")
+        for i in range(len(parts)):
+            suffix = "/".join(parts[i:])
+            found = [n for n in known if n == suffix or n.endswith("/" + suffix)]
+            if len(found) == 1:
+                return found[0]
+        raise KeyError(f"{url}: none of the manifest's {len(known)} shards, or more than one, has this name")
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.shards)
+
+    @cached_property
+    def _lookup(self) -> dict[str, npt.NDArray[Any]]:
+        source = pa.memory_map(str(self.path / "manifest" / "lookup.arrow"))
+        batch = pa.ipc.open_file(source).get_batch(0)
+        return {name: batch.column(name).to_numpy() for name in batch.schema.names}
+
+    def _find(self, shard: str, key: str | bytes) -> int:
+        raw = key.encode("utf-8", "surrogateescape") if isinstance(key, str) else key
+        if self.info["config"]["input"]["uid_field"] is not None:
+            raw = raw.decode("utf-8", "backslashreplace").encode()
+        uid = sample_uid(shard, raw)
+        high, low = int.from_bytes(uid[:8], "big"), int.from_bytes(uid[8:], "big")
+        column = self._lookup["high"]
+        place = int(np.searchsorted(column, np.uint64(high)))
+        while place < len(column) and column[place] == high:
+            if self._lookup["low"][place] == low:
+                return place
+            place += 1
+        raise KeyError(f"{shard}: the manifest has no sample {key!r}")
+
+    def _part(self, shard: int) -> pa.Table:
+        if shard not in self._parts:
+            self._parts.clear()  # loaders go shard by shard
+            self._parts[shard] = read_table(Store(self.path).manifest_part(self.shards[shard]))
+        return self._parts[shard]
+
+    @cached_property
+    def _parts(self) -> dict[int, pa.Table]:
+        return {}
+
+
+class Attach:
+    """The stage of `Manifest.attach`: a picklable callable from samples to samples."""
+
+    def __init__(self, manifest: Manifest, missing: str, captions: str, pipes: dict[str, str]) -> None:
+        self.manifest, self.missing, self.captions, self.pipes = manifest, missing, captions, pipes
+        self.unknown = 0  # samples that passed with weight 1 because the manifest does not know them
+        self._shard_of: dict[str, str] = {}
+
+    def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield every sample with its weight set."""
+        for sample in samples:
+            if "__key__" in sample:  # webdataset marks the end of a shard by an empty sample
+                self._attach(sample)
+            yield sample
+
+    def _attach(self, sample: dict[str, Any]) -> None:
+        try:
+            shard, key = self._name(sample["__url__"]), sample["__key__"]
+            sample["loss_weight"] = self.manifest.weight(shard, key)
+            if self.captions == "pool" and (pooled := (row := self.manifest.row(shard, key))["captions"]) is not None:
+                sample["captions"] = pooled
+                if pooled and row["action"] == "mask" and self._only_its_caption(row["reasons"]):
+                    sample["loss_weight"] = 1.0
+        except KeyError as e:
+            if self.missing == "error":
+                raise KeyError(f"{e.args[0]}; give the manifest of these shards, or attach(missing='keep')") from None
+            self.unknown += 1
+            sample["loss_weight"] = 1.0
+
+    def _name(self, url: str) -> str:
+        if url not in self._shard_of:
+            if url.startswith("pipe:"):
+                if url not in self.pipes:
+                    raise KeyError(f"{url}: tell its shard with attach(pipes={{url: name}})")
+                self._shard_of[url] = self.pipes[url]
+            else:
+                self._shard_of[url] = self.manifest.shard_of(url)
+        return self._shard_of[url]
+
+    def _only_its_caption(self, reasons: list[str]) -> bool:
+        policy = self.manifest.info["config"]["policy"]
+        others = {r: policy["caption_duplicate" if r == "caption_duplicate" else "image_duplicate"] for r in reasons}
+        return all(p == "record" for r, p in others.items() if r != "magnitude")
+
+
+# -- verifying --------------------------------------------------------------------------------------------------------
+
+
+def verify(path: str | Path, progress: Callable[[list[str]], Iterable[str]] = iter) -> list[str]:
+    """Return what is wrong with a finished run, one line each: nothing when every byte and count is as it was written.
+
+    Checked are the digests of all files, that read = keep + mask + drop + bad and that the parts and the filtered
+    shards hold exactly that.
+    """
+    manifest = Manifest.load(path)
+    store = Store(path)
+    info = {k: v for k, v in manifest.info.items() if k != "digest"}
+    problems = []
+    if digest_of(info) != manifest.info.get("digest"):
+        problems.append("manifest/manifest.json: its content does not match its digest")
+    for name in progress(sorted(info["files"])):
+        try:
+            if file_digest(store.path / name) != info["files"][name]:
+                problems.append(f"{name}: its bytes have changed")
+        except OSError as e:
+            problems.append(f"{name}: cannot be read: {e.strerror}")
+    counts = manifest.counts
+    if counts["read"] != sum(counts[a] for a in ACTIONS):
+        problems.append(f"counts: {counts['read']} read is not the sum of {counts}")
+    if problems:
+        return problems
+    actions = manifest.table(["action"])["action"].value_counts().to_pylist()
+    held = {a["values"]: a["counts"] for a in actions}
+    if held != {a: counts[a] for a in ACTIONS if counts[a]}:
+        problems.append(f"counts: the parts hold {held}, manifest.json says {counts}")
+    if info["config"]["output"]["shards"]:
+        for shard in info["shards"]:
+            problems += _verify_shard(store, shard)
+    return problems
+
+
+def _verify_shard(store: Store, shard: dict[str, Any]) -> Iterator[str]:
+    kept = 0 if shard.get("skipped") else shard["keep"] + shard["mask"]
+    tar = store.shards / shard["name"]
+    stats = store.shards / f"{shard_stem(shard['name'])}_stats.json"
+    if not kept:
+        if tar.exists():
+            yield f"shards/{shard['name']}: is there, and no sample of it was kept"
+        return
+    try:
+        written = json.loads(stats.read_text(encoding="utf-8"))
+        if file_digest(tar) != written["digest"]:
+            yield f"shards/{shard['name']}: its bytes have changed"
+        if written["successes"] != kept:
+            yield f"shards/{shard['name']}: holds {written['successes']} samples, the manifest keeps {kept}"
+    except (OSError, ValueError, KeyError) as e:
+        yield f"shards/{shard['name']}: missing or not finished ({e}); run the same command again"

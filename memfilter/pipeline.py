@@ -1,0 +1,175 @@
+"""The order of the stages.  Data walks one way; a stage leaves files, and one whose files are done is passed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from . import executors, manifest, sink
+from .config import Config
+from .decisions import ACTIONS, MASK, Decisions, decide
+from .denoisers import ModelFiles, find_model
+from .errors import ConfigError, RunError
+from .groups import distinct_captions, find_edges, group, load_samples
+from .magnitude import score_captions, threshold
+from .manifest import Manifest
+from .records import Samples, Scores, Shard
+from .signatures import DuplicateGauge, Signed, is_signed, sign, versions
+from .source import find_shards
+from .store import Store, read_digest, read_note
+from .summary import statistics
+
+
+def run(patterns: list[str], out: str | Path, config: Config | None = None, workers: int | None = None) -> Manifest:
+    """Read the shards and leave a manifest, and filtered shards if wanted, in `out`; return the manifest.
+
+    `patterns` are brace expansions, globs, folders or fsspec URLs.  The same call continues a run that was
+    interrupted.  Raises a MemfilterError, in one line, for input, model or directory that cannot be used.
+    """
+    config, store = config or Config(), Store(out)
+    stored = store.read_run() or {}
+    shards, root = find_shards(patterns, config.input.root or stored.get("root"), config.input.allow_pipe)
+    _refuse_nesting(shards, store.path)
+    model = find_model(config.magnitude.model) if config.magnitude.model else None
+    with store.locked():
+        store.write_run(
+            {
+                "root": root,
+                "shards": [[s.name, s.url, s.size] for s in shards],
+                "config": config.model_dump(mode="json"),
+                "model": [model.spec, model.files] if model else None,
+            }
+        )
+        _sign_all(shards, store, config, workers or executors.default_workers())
+        return _decide_and_write(shards, model, store, config, workers or executors.default_workers())
+
+
+def rethreshold(path: str | Path, config_file: str | Path | None = None, workers: int | None = None) -> Manifest:
+    """Decide again with another configuration, without the pixels; equal to a fresh run with it.
+
+    The file's keys are laid over the run's own configuration.  Raises ConfigError for a key that changes what was read
+    from the pixels, RunError when the run was not finished.
+    """
+    store = Store(path)
+    stored = store.read_run()
+    if stored is None:
+        raise RunError(f"{path}: holds no run; start one with 'memfilter run SHARDS... --out {path}'")
+    before = Config.parse(stored["config"])
+    config = Config.load(config_file, base=before)
+    shards = [Shard(*values) for values in stored["shards"]]
+    model = ModelFiles(*stored["model"]) if stored["model"] else None
+    if config.magnitude.model != before.magnitude.model:
+        model = find_model(config.magnitude.model) if config.magnitude.model else None
+    with store.locked():
+        for shard in shards:
+            if not is_signed(shard, store.signatures(shard.name), config):
+                raise ConfigError(
+                    f"{config_file or path}: {shard.name} has no signatures under this configuration; keys of 'input', "
+                    "and images.hash, decode and encoder, need 'memfilter run'"
+                )
+        store.write_run(
+            stored | {"config": config.model_dump(mode="json"), "model": model and [model.spec, model.files]}
+        )
+        return _decide_and_write(shards, model, store, config, workers or executors.default_workers())
+
+
+def _decide_and_write(
+    shards: list[Shard], model: ModelFiles | None, store: Store, config: Config, workers: int
+) -> Manifest:
+    samples = load_samples(shards, store)
+    edges = find_edges(samples, store, config)
+    captions, caption = distinct_captions(samples, store)
+    groups = group(samples, edges, captions, caption, config)
+    scores = score_captions(captions["text"], read_digest(store.captions), model, store, config, _scoring_bar)
+    limit = threshold(config, scores, caption[samples.good])
+    decisions = decide(samples, groups, captions, scores, limit, config.policy)
+    about = _about(samples, decisions, scores, limit, store, config)
+    about["found"] = statistics(samples, groups, decisions, scores)
+    written = manifest.write(store, samples, groups, decisions, scores, about)
+    if config.output.shards:
+        _write_shards(samples, decisions, store, workers)
+    return written
+
+
+# -- the two stages that go shard by shard ----------------------------------------------------------------------------
+
+
+def _sign_all(shards: list[Shard], store: Store, config: Config, workers: int) -> None:
+    todo = [s for s in shards if not is_signed(s, store.signatures(s.name), config)]
+    tasks = [(s, store.signatures(s.name), config) for s in todo]
+    gauge, samples, bad = DuplicateGauge(), 0, 0
+    with tqdm(total=len(shards), initial=len(shards) - len(todo), desc="signatures", unit="shard", disable=None) as bar:
+        signed: Signed
+        for signed in executors.run(sign, tasks, workers, lambda i: todo[i].name):
+            samples, bad = samples + signed.samples, bad + signed.bad
+            gauge.add(signed.contents)
+            rate = samples / max(bar.format_dict["elapsed"], 1e-6)
+            bar.set_postfix_str(
+                f"{rate:,.0f} samples/s, duplicates {gauge.share:.1%}, bad {bad / max(samples, 1):.1%}", refresh=False
+            )
+            bar.update()
+
+
+def _write_shards(samples: Samples, decisions: Decisions, store: Store, workers: int) -> None:
+    tasks, counts = [], {}
+    for shard, start, end in zip(samples.shards, samples.first, samples.first[1:], strict=False):
+        kept = np.flatnonzero(decisions.action[start:end] <= MASK)
+        signature = store.signatures(shard.name)
+        if len(kept):
+            counts[shard.name] = len(kept)
+        kept_as = sink.kept_digest(shard, read_digest(signature), kept)
+        if not (len(kept) and sink.is_written(shard, store.shards, kept_as)):
+            tasks.append((shard, store.shards, signature, kept, kept_as))
+    done = len(samples.shards) - len(tasks)
+    with tqdm(total=len(samples.shards), initial=done, desc="filtered shards", unit="shard", disable=None) as bar:
+        for _ in executors.run(sink.write_shard, tasks, workers, lambda i: str(tasks[i][0].name)):
+            bar.update()
+    sink.write_sizes(store.shards, counts)
+
+
+def _scoring_bar(chunks: Iterator[int], total: int) -> Iterator[int]:
+    return iter(tqdm(chunks, total=total, desc="magnitudes", unit="chunk", disable=None))
+
+
+# -- small print ------------------------------------------------------------------------------------------------------
+
+
+def _refuse_nesting(shards: list[Shard], out: Path) -> None:
+    out = out.resolve()
+    for shard in shards:
+        path = Path(shard.url)
+        if path.is_absolute() and (path.parent == out or path.parent in out.parents or out in path.parents):
+            raise ConfigError(f"{out}: lies in an input folder, or holds one ({path.parent}); give another --out")
+
+
+def _about(
+    samples: Samples, decisions: Decisions, scores: Scores | None, limit: float | None, store: Store, config: Config
+) -> dict[str, Any]:
+    dump = config.model_dump(mode="json")
+    dump["input"]["root"] = None  # where the data lies is no part of the result
+    dump["magnitude"]["model"] = scores and scores.info["model"]
+    if isinstance(dump["magnitude"]["threshold"], dict) and "reference" in dump["magnitude"]["threshold"]:
+        dump["magnitude"]["threshold"]["reference"] = Path(dump["magnitude"]["threshold"]["reference"]).name
+    shards = []
+    for shard, start, end in zip(samples.shards, samples.first, samples.first[1:], strict=False):
+        counts = np.bincount(decisions.action[start:end], minlength=len(ACTIONS)).tolist()
+        entry = {"name": shard.name, "bytes": shard.size, **dict(zip(ACTIONS, counts, strict=True))}
+        if skipped := read_note(store.signatures(shard.name)).get("skipped"):
+            entry["skipped"] = skipped
+        elif sum(counts) and not sum(counts[: MASK + 1]):
+            entry["emptied"] = True
+        shards.append(entry)
+    sections = {name: config.digest(*(f"{name}.{key}" for key in keys)) for name, keys in dump.items()}
+    return {
+        "config": dump,
+        "config_digests": sections,
+        "versions": {"memfilter": version("memfilter"), **versions()},
+        "magnitude": scores and scores.info,
+        "threshold": limit,
+        "shards": shards,
+    }

@@ -1,0 +1,158 @@
+"""The schemas of a run's tables, and the codes that appear in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+UID = pa.binary(16)
+
+THUMBNAIL_SIDE = 32
+"""Side in pixels of the grey thumbnail that every signature holds."""
+
+BAD_CODES = (
+    "repeated_key",  # the key comes back in its shard
+    "no_image",  # no member with an image suffix
+    "unsupported_member",  # a link, device or sparse file under the sample's key
+    "too_many_bytes",  # a member over input.max_bytes
+    "empty_image",  # an image member of zero bytes
+    "unreadable_image",  # no decoder reads it to its end
+    "too_many_pixels",  # over input.max_pixels, by its header
+    "bad_caption",  # the caption is not UTF-8, or not text
+    "bad_json",  # the json member is not a JSON object
+    "bad_uid",  # input.uid_field is named and the sample has no such 128-bit value
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One input tar: its `name` relative to the input root, and where to open it."""
+
+    name: str
+    url: str
+    size: int | None
+
+
+def signature_schema(dim: int) -> pa.Schema:
+    """One row per sample of one shard; a bad sample has `bad` set and nulls from `digest` to `captions`.
+
+    `embedding` has `dim` float16 components, is L2-normalised, and is absent when `dim` is 0.
+    """
+    fields = [
+        pa.field("uid", UID, nullable=False),
+        pa.field("index", pa.int32(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("bad", pa.dictionary(pa.int8(), pa.string())),
+        pa.field("detail", pa.string()),
+        pa.field("digest", pa.binary(16)),  # blake2b-128 of the image member's bytes
+        pa.field("hash", pa.uint64()),  # the perceptual hash, first bit highest
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("bytes", pa.int64()),  # of the image member
+        pa.field("blank", pa.bool_()),  # too little structure for a perceptual comparison
+        pa.field("thumbnail", pa.binary(THUMBNAIL_SIDE**2)),
+        pa.field("caption", pa.string()),
+        pa.field("fingerprint", pa.binary(16)),  # of the normalised caption; null for an empty caption
+        pa.field("captions", pa.list_(pa.string())),  # further captions, from the json member
+    ]
+    if dim:
+        fields.append(pa.field("embedding", pa.list_(pa.float16(), dim)))
+    return pa.schema(fields)
+
+
+EDGES = pa.schema(
+    [
+        # ordinals of two representative rows, a < b
+        pa.field("a", pa.int64(), nullable=False),
+        pa.field("b", pa.int64(), nullable=False),
+        pa.field("distance", pa.float32(), nullable=False),
+    ]
+)
+
+SCORES = pa.schema(
+    [
+        pa.field("token_ids", pa.binary(16), nullable=False),  # blake2b-128 of the token ids
+        pa.field("magnitude", pa.float32(), nullable=False),
+        pa.field("magnitude_eps", pa.float32()),
+        pa.field("per_seed", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+
+MANIFEST = pa.schema(
+    [
+        pa.field("uid", UID, nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("index", pa.int32(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("action", pa.string(), nullable=False),
+        pa.field("loss_weight", pa.float32(), nullable=False),
+        pa.field("reasons", pa.list_(pa.string()), nullable=False),
+        pa.field("detail", pa.string()),
+        pa.field("canonical_uid", UID),
+        pa.field("match_method", pa.string()),
+        pa.field("match_distance", pa.float32()),
+        pa.field("image_group", pa.int64(), nullable=False),
+        pa.field("caption_group", pa.int64(), nullable=False),
+        pa.field("image_count", pa.int32(), nullable=False),
+        pa.field("caption_count", pa.int32(), nullable=False),
+        pa.field("joint_count", pa.int32(), nullable=False),
+        pa.field("duplication", pa.string(), nullable=False),
+        pa.field("magnitude", pa.float32()),
+        pa.field("magnitude_eps", pa.float32()),
+        pa.field("captions", pa.list_(pa.string())),
+    ]
+)
+
+METHODS = ("exact", "hash", "embedding")
+"""How an edge between two images was verified, the strongest first."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The signature columns of every sample, rows sorted by (shard, index); `good` is False for bad samples."""
+
+    shards: list[Shard]
+    first: Ints  # of each shard, the ordinal of its first row; one more at the end
+    good: npt.NDArray[np.bool_]
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return len(self.good)
+
+    def ints(self, name: str) -> Ints:
+        """Return a column as int64, 0 for null."""
+        column: Ints = pc.fill_null(self.table[name], 0).to_numpy().astype(np.int64)
+        return column
+
+
+@dataclass(frozen=True)
+class Groups:
+    """One row per sample.  A bad sample is its own group of one."""
+
+    rank: Ints  # place in the order `images.keep`, 0 the best; bad samples last
+    image_group: Ints  # ordinal of the keeper
+    method: npt.NDArray[np.int8]  # of the edge to the keeper: a position in METHODS, -1 for keepers
+    distance: npt.NDArray[np.float32]
+    caption_group: Ints  # ordinal of the sample that stands for the caption group
+    caption: Ints  # row in the table of distinct captions, -1 where bad
+    image_count: Ints
+    caption_count: Ints
+    joint_count: Ints
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of each distinct caption its magnitude and epsilon-scale magnitude (NaN: none), and what they depend on."""
+
+    magnitude: Floats
+    magnitude_eps: Floats
+    reference: Floats | None  # magnitudes of the reference captions, where the threshold asks for them
+    info: dict[str, Any]

@@ -1,0 +1,308 @@
+"""Samples of one shard -> one parquet part of signatures: everything that later stages know of the pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from . import images
+from .captions import fingerprint
+from .config import Config, digest_of
+from .encoders import Encoder, image_encoder
+from .errors import ShardError
+from .records import Shard, signature_schema
+from .source import Member, Members, check_stats, open_shard, printable_key, sample_uid
+from .store import done, read_note, write_table
+
+_BATCH = 256
+_CONFIG_KEYS = (
+    "input.caption",
+    "input.caption_field",
+    "input.uid_field",
+    "input.max_pixels",
+    "input.max_bytes",
+    "images.hash",
+    "images.decode",
+    "images.encoder",
+)
+_LIBRARIES = ("imagededup", "numpy", "pillow", "pywavelets", "scipy", "simplejpeg")
+
+
+@dataclass(frozen=True)
+class Signed:
+    """What signing one shard came to: its samples, the bad ones among them, and why it was skipped, if it was."""
+
+    shard: str
+    samples: int
+    bad: int
+    contents: npt.NDArray[np.uint64]  # the first half of each content digest
+    skipped: str | None = None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that shape a signature's numbers."""
+    return {name: version(name) for name in _LIBRARIES}
+
+
+def signature_digest(shard: Shard, config: Config) -> str:
+    """Return the digest of everything that shapes a shard's signatures."""
+    encoder = image_encoder(config.images.encoder)
+    return digest_of(
+        ["signatures-1", shard.name, shard.size, config.digest(*_CONFIG_KEYS), encoder and encoder.identity, versions()]
+    )
+
+
+def is_signed(shard: Shard, path: Path, config: Config) -> bool:
+    """Tell whether a shard's part is done; one that was skipped as bad is not, unless the config says skip."""
+    return done(path, signature_digest(shard, config)) and (
+        config.input.on_bad_shard == "skip" or "skipped" not in read_note(path)
+    )
+
+
+def sign(shard: Shard, path: Path, config: Config) -> Signed:
+    """Write the signatures of a shard to `path`: one row per sample, in the shard's order.
+
+    Raises ShardError for a shard that cannot be read to its end, unless the config says skip: then the part has no
+    row and notes the cause.
+    """
+    encoder = image_encoder(config.images.encoder)
+    note: dict[str, Any] = {}
+    try:
+        with open_shard(shard) as members:
+            table = _signatures(members, config, encoder)
+        check_stats(shard, table.num_rows)
+    except ShardError as e:
+        if config.input.on_bad_shard == "stop":
+            raise
+        note["skipped"] = str(e)
+        table = signature_schema(encoder.dim if encoder else 0).empty_table()
+    bad = table.num_rows - table["bad"].null_count
+    note |= {"samples": table.num_rows, "bad": bad}
+    write_table(path, table, signature_digest(shard, config), note)
+    digests = b"".join(d for d in table["digest"].to_pylist() if d)
+    return Signed(
+        shard.name, table.num_rows, bad, np.frombuffer(digests, ">u8")[::2].astype(np.uint64), note.get("skipped")
+    )
+
+
+class DuplicateGauge:
+    """The share of exact duplicates among the contents seen so far, in bounded memory.
+
+    Exact up to 100,000 distinct contents; then estimated from those whose digest starts with enough zero bits.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self._total, self._bits = 0, 0
+
+    def add(self, contents: npt.NDArray[np.uint64]) -> None:
+        """Count these contents."""
+        sampled = [c for c in contents.tolist() if c >> (64 - self._bits) == 0]
+        self._total += len(sampled)
+        self._seen.update(sampled)
+        if len(self._seen) > 100_000:
+            self._bits += 1
+            self._seen = {c for c in self._seen if c >> (64 - self._bits) == 0}
+            self._total //= 2
+
+    @property
+    def share(self) -> float:
+        """Duplicates among all contents, 0 to 1."""
+        return 1 - len(self._seen) / self._total if self._total else 0.0
+
+
+class _Bad(Exception):
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code, self.detail = code, detail
+
+
+def _signatures(members: Members, config: Config, encoder: Encoder | None) -> pa.Table:
+    signer = Signer(config)
+    rows: list[dict[str, Any]] = []
+    tables: list[pa.Table] = []
+    schema = signature_schema(encoder.dim if encoder else 0)
+    occurrences: defaultdict[bytes, list[int]] = defaultdict(list)
+    samples = groupby((m for m in members if m.index >= 0), key=lambda m: m.index)
+    for index, sample in samples:
+        key, row = signer.sign(members.name, index, sample)
+        occurrences[key].append(index)
+        rows.append(row)
+        if len(rows) == _BATCH:
+            tables.append(_table(rows, schema, encoder))
+            rows = []
+    tables.append(_table(rows, schema, encoder))
+    table = pa.concat_tables(tables).combine_chunks()
+    repeated = sorted(i for places in occurrences.values() if len(places) > 1 for i in places)
+    return _spoil(table, repeated, "repeated_key", "the key comes back in its shard") if repeated else table
+
+
+def _table(rows: list[dict[str, Any]], schema: pa.Schema, encoder: Encoder | None) -> pa.Table:
+    columns = {name: [row.get(name) for row in rows] for name in schema.names if name != "embedding"}
+    if encoder is None:
+        return pa.table(columns, schema=schema)
+    squares = [row.get("square") for row in rows]
+    good = [s for s in squares if s is not None]
+    embeddings = np.zeros((len(rows), encoder.dim), np.float16)
+    if good:
+        embeddings[[s is not None for s in squares]] = encoder.encode(np.stack(good))
+    missing = pa.array([s is None for s in squares], pa.bool_())
+    flat = pa.array(embeddings.ravel())
+    arrays = [pa.array(columns[f.name], f.type) for f in schema if f.name != "embedding"]
+    arrays.append(pa.FixedSizeListArray.from_arrays(flat, encoder.dim, mask=missing))
+    return pa.table(arrays, schema=schema)
+
+
+def _spoil(table: pa.Table, indices: list[int], code: str, detail: str) -> pa.Table:
+    """Return the table with the samples at these indices made bad."""
+    keep = np.ones(table.num_rows, bool)
+    keep[indices] = False
+    mask = pa.array(keep)
+    for i, name in enumerate(table.schema.names):
+        column = table.column(name).combine_chunks()
+        if name == "bad":
+            column = pa.array(np.where(keep, column.to_pylist(), code).tolist(), table.schema.field(name).type)
+        elif name == "detail":
+            column = pa.array(np.where(keep, column.to_pylist(), detail).tolist(), pa.string())
+        elif name not in ("uid", "index", "key"):
+            nulls = pa.nulls(table.num_rows, column.type)
+            column = pa.compute.if_else(mask, column, nulls)
+        table = table.set_column(i, table.schema.field(name), column)
+    return table
+
+
+class Hasher(Protocol):
+    """The one call that is needed of imagededup's hashing methods."""
+
+    def encode_image(self, *, image_array: npt.NDArray[np.uint8]) -> str:
+        """Return a hash as hexadecimal text."""
+        ...
+
+
+def hasher(name: str) -> Hasher:
+    """Return imagededup's hashing method of this name."""
+    # importing imagededup brings torch along and takes seconds: workers that never hash do without
+    from imagededup.methods import AHash, DHash, PHash, WHash
+
+    for noisy in ("imagededup.methods.hashing", "imagededup.utils.image_utils"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    made: Hasher = {"phash": PHash, "dhash": DHash, "ahash": AHash, "whash": WHash}[name](verbose=False)
+    return made
+
+
+class Signer:
+    """Turn one sample's members into a row of signatures."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.full = config.images.decode == "full"
+        self.hasher = hasher(config.images.hash)
+        self.encoder = image_encoder(config.images.encoder)
+
+    def sign(self, shard: str, index: int, members: Iterator[Member]) -> tuple[bytes, dict[str, Any]]:
+        """Return the sample's raw key and its row; a bad sample's row has the cause and nothing else."""
+        key = b""
+        image: bytes | None = None
+        texts: dict[str, bytes] = {}
+        fault: _Bad | None = None
+        for member in members:
+            key = member.key
+            is_image = member.suffix in images.SUFFIXES
+            if not is_image and member.suffix not in ("txt", "json"):
+                continue
+            if not member.supported:
+                kind = _KINDS.get(member.kind, "a sparse file")
+                fault = fault or _Bad("unsupported_member", f"its {member.suffix} is {kind}, not a file")
+            elif member.size > self.config.input.max_bytes:
+                limit = f"input.max_bytes = {self.config.input.max_bytes:,}"
+                fault = fault or _Bad("too_many_bytes", f"its {member.suffix} of {member.size:,} bytes is over {limit}")
+            elif not is_image:
+                texts[member.suffix] = member.read()
+            elif image is None:
+                image = member.read()
+        row: dict[str, Any] = {"uid": sample_uid(shard, key), "index": index, "key": printable_key(key)}
+        try:
+            if fault:
+                raise fault
+            if image is None:
+                raise _Bad("no_image", "the sample has no image member")
+            row |= self._caption(texts) | self._image(image)
+        except (_Bad, images.BadImage) as e:
+            row = {name: row[name] for name in ("uid", "index", "key")} | {"bad": e.code, "detail": e.detail}
+        return key, row
+
+    def _image(self, data: bytes) -> dict[str, Any]:
+        decoded = images.decode(data, self.full, self.config.input.max_pixels)
+        small = images.thumbnail(decoded.pixels)
+        # imagededup resizes to the thumbnail's size for its phash, so the thumbnail spares it the work
+        hashed = small if self.config.images.hash == "phash" and not self.full else decoded.pixels
+        row = {
+            "digest": hashlib.blake2b(data, digest_size=16).digest(),
+            "hash": int(self.hasher.encode_image(image_array=hashed), 16),
+            "width": decoded.width,
+            "height": decoded.height,
+            "bytes": len(data),
+            "blank": images.is_blank(small),
+            "thumbnail": small.tobytes(),
+        }
+        if self.encoder:
+            same = self.encoder.side == len(small)
+            row["square"] = small if same else images.thumbnail(decoded.pixels, self.encoder.side)
+        return row
+
+    def _caption(self, texts: dict[str, bytes]) -> dict[str, Any]:
+        config = self.config.input
+        fields: dict[str, Any] = {}
+        if "json" in texts:
+            try:
+                fields = json.loads(texts["json"])
+            except (ValueError, RecursionError) as e:
+                raise _Bad("bad_json", f"the json member cannot be read: {e}"[:200]) from e
+            if not isinstance(fields, dict):
+                raise _Bad("bad_json", f"the json member holds a {type(fields).__name__}, not an object")
+        from_json = config.caption == "json"
+        caption = (fields.get(config.caption_field) or "") if from_json else _text(texts.get("txt", b""))
+        more = fields.get("captions") or []
+        if not isinstance(caption, str):
+            raise _Bad("bad_caption", f"{config.caption_field} in the json is a {type(caption).__name__}, not text")
+        if not isinstance(more, list) or not all(isinstance(c, str) for c in more):
+            raise _Bad("bad_caption", "captions in the json is not a list of texts")
+        for text in (caption, *more):
+            if any("\ud800" <= c <= "\udfff" for c in text):
+                raise _Bad("bad_caption", "the json holds half of a surrogate pair, which is no text")
+        row: dict[str, Any] = {"caption": caption, "fingerprint": fingerprint(caption), "captions": more or None}
+        if config.uid_field:
+            row["uid"] = _own_uid(fields.get(config.uid_field), config.uid_field)
+        return row
+
+
+_KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise _Bad("bad_caption", f"the txt member is not UTF-8: {e.reason} at byte {e.start:,}") from e
+
+
+def _own_uid(value: Any, name: str) -> bytes:
+    try:
+        uid = bytes.fromhex(value)
+    except (TypeError, ValueError):
+        uid = b""
+    if len(uid) != 16:
+        raise _Bad("bad_uid", f"{name} in the json is not 32 hexadecimal digits: {value!r}"[:200])
+    return uid

@@ -1,0 +1,109 @@
+"""One shard and the samples to keep of it -> a filtered tar, byte for byte, with its marker written last."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .config import digest_of
+from .errors import ShardError
+from .records import Shard
+from .source import BLOCK, Members, open_shard, printable_key, shard_stem
+from .store import file_digest, read_table, replacing, write_json
+
+_RECORD = 20 * BLOCK  # what tar pads an archive to
+
+
+def marker(folder: Path, shard: str) -> Path:
+    """Return the path of the marker that is written when a filtered shard is whole."""
+    return folder / f"{shard_stem(shard)}_stats.json"
+
+
+def kept_digest(shard: Shard, signature: str, kept: npt.NDArray[np.int64]) -> str:
+    """Return the digest of what a filtered shard is made of: the input's signatures and the kept indices."""
+    return digest_of(["filtered-1", shard.name, signature, kept.tolist()])
+
+
+def is_written(shard: Shard, folder: Path, kept: str) -> bool:
+    """Tell whether the filtered shard of this `kept_digest` is there, whole."""
+    try:
+        stats = json.loads(marker(folder, shard.name).read_text(encoding="utf-8"))
+        return bool(stats["kept"] == kept and (folder / shard.name).stat().st_size == stats["bytes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_shard(shard: Shard, folder: Path, signatures: Path, kept: npt.NDArray[np.int64], kept_as: str) -> int:
+    """Write the filtered shard and then its marker; return the number of samples in it.
+
+    By the keys in its `signatures` the shard is known to be the one that was signed.  Members that belong to no sample
+    are left out; pax global headers stay.  A shard of which nothing is kept is not written.
+    Raises ShardError when the shard is not the one that was signed.
+    """
+    tar = folder / shard.name
+    marker(folder, shard.name).unlink(missing_ok=True)
+    if not len(kept):
+        tar.unlink(missing_ok=True)
+        return 0
+    keys: list[str] = read_table(signatures, ["key"])["key"].to_pylist()
+    keep = np.zeros(len(keys), bool)
+    keep[kept] = True
+    with replacing(tar) as temporary, open(temporary, "wb") as file, open_shard(shard) as members:
+        if members.compressed:
+            with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as out:
+                _copy(members, out, keep, keys)
+        else:
+            _copy(members, file, keep, keys)
+    stats: dict[str, Any] = {
+        "count": len(kept),
+        "successes": len(kept),
+        "bytes": tar.stat().st_size,
+        "digest": file_digest(tar),
+        "kept": kept_as,
+    }
+    write_json(marker(folder, shard.name), stats)
+    return len(kept)
+
+
+def _copy(members: Members, out: IO[bytes] | gzip.GzipFile, keep: npt.NDArray[np.bool_], keys: list[str]) -> None:
+    size = 0
+    for member in members:
+        if member.index >= 0 and (member.index >= len(keys) or printable_key(member.key) != keys[member.index]):
+            raise ShardError(f"{members.name}: has changed since it was read; run in a new --out")
+        if member.is_global or (member.index >= 0 and keep[member.index]):
+            for chunk in member.raw():
+                size += out.write(chunk)
+    if members.samples != len(keys):
+        raise ShardError(f"{members.name}: has changed since it was read; run in a new --out")
+    out.write(bytes(2 * BLOCK + -(size + 2 * BLOCK) % _RECORD))
+
+
+def write_sizes(folder: Path, counts: dict[str, int]) -> None:
+    """Write a `sizes.json` of samples by file name into each folder of filtered shards, and remove what is stale.
+
+    `counts` are of all filtered shards by relative name; shards of other names that carry a marker are removed.
+    """
+    by_folder: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for name, count in counts.items():
+        parent, _, file = name.rpartition("/")
+        by_folder[parent][file] = count
+    expected = {marker(folder, name) for name in counts}
+    for stale in folder.rglob("*_stats.json"):
+        if stale not in expected:
+            stem = stale.name.removesuffix("_stats.json")
+            for suffix in (".tar", ".tar.gz", ".tgz"):
+                stale.with_name(stem + suffix).unlink(missing_ok=True)
+            stale.unlink()
+    for sizes in folder.rglob("sizes.json"):
+        if sizes.parent.relative_to(folder).as_posix().removeprefix(".") not in by_folder:
+            sizes.unlink()
+    for parent, values in by_folder.items():
+        path, text = folder / parent / "sizes.json", json.dumps(values, indent=1, sort_keys=True) + "\n"
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_json(path, values)

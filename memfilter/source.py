@@ -1,0 +1,429 @@
+"""Find shards, and stream one tar's members with their raw bytes, in constant memory, checked to the end.
+
+The reader follows the POSIX ustar and pax formats with GNU long names.  A key ends at the first dot of a member's base
+name and the suffix, lower-cased, is the rest: the convention of webdataset.  Members of one key that follow one
+another are one sample; a suffix that returns begins the next occurrence of the key.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import re
+import subprocess
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import braceexpand
+import fsspec
+
+from .errors import ConfigError, InputError, ShardError
+from .records import Shard
+
+BLOCK = 512
+_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_KEY = re.compile(rb"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+_META = re.compile(rb"__[^/]*__(?:/|$)")
+_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
+_MAX_EXTENSION = 1 << 20
+_REGULAR, _PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK = (b"0", b"\0", b"7"), (b"x", b"X"), b"g", b"L", b"K"
+_EXTENSIONS = (*_PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK)
+_NO_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
+
+
+# -- finding shards ---------------------------------------------------------------------------------------------------
+
+
+def find_shards(patterns: Iterable[str], root: str | None = None, allow_pipe: bool = False) -> tuple[list[Shard], str]:
+    """Return the shards that brace expansions, globs, folders and fsspec URLs name, by name, and the input root.
+
+    Raises InputError when a pattern matches nothing or two inputs share a relative name, ConfigError for a `pipe:` URL
+    that was not allowed.
+    """
+    urls: dict[str, int | None] = {}
+    for pattern in patterns:
+        if pattern.startswith("pipe:"):
+            if not allow_pipe:
+                raise ConfigError(f"{pattern}: runs a command; set input.allow_pipe: true to allow it")
+            urls[pattern] = None
+            continue
+        for one in braceexpand.braceexpand(pattern):
+            urls.update(_expand(one))
+    if not urls:
+        raise InputError("no shards given; name .tar files, folders, globs or URLs")
+    paths = {url: _path_of(url) for url in urls}
+    root = _common_folder(paths.values()) if root is None else _path_of(root).rstrip("/")
+    shards: dict[str, Shard] = {}
+    for url, path in paths.items():
+        if not path.startswith(root.rstrip("/") + "/"):
+            raise InputError(f"{url}: not below the input root {root}; give another --out or set input.root")
+        name = path[len(root.rstrip("/")) + 1 :]
+        stem = shard_stem(name)
+        if stem in shards:
+            raise InputError(f"{url} and {shards[stem].url} have the same name '{name}'; set input.root to tell apart")
+        shards[stem] = Shard(name, url, urls[url])
+    return sorted(shards.values(), key=lambda s: s.name), root
+
+
+def shard_stem(name: str) -> str:
+    """Return a shard's name without its tar suffix."""
+    return next((name[: -len(s)] for s in _TAR_SUFFIXES if name.lower().endswith(s)), name)
+
+
+def _expand(pattern: str) -> dict[str, int | None]:
+    if _SCHEME.match(pattern):
+        return _expand_remote(pattern)
+    path = Path(pattern)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.name.lower().endswith(_TAR_SUFFIXES) and p.is_file())
+        if not files:
+            raise InputError(f"{pattern}: the folder holds no {', '.join(_TAR_SUFFIXES)} file")
+    elif path.is_file():
+        files = [path]
+    else:
+        files = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+        if not files:
+            missing = "the pattern matches no file" if glob.has_magic(pattern) else "no such file or folder"
+            raise InputError(f"{pattern}: {missing}")
+    return {str(p.resolve()): p.stat().st_size for p in files}
+
+
+def _expand_remote(pattern: str) -> dict[str, int | None]:
+    try:
+        fs, path = fsspec.core.url_to_fs(pattern)
+        if glob.has_magic(path):
+            paths = sorted(fs.glob(path))
+        elif not pattern.startswith("http") and fs.isdir(path):
+            paths = sorted(p for p in fs.find(path) if p.lower().endswith(_TAR_SUFFIXES))
+        else:
+            paths = [path]
+        found: dict[str, int | None] = {}
+        for p in paths:
+            url = p if p.startswith("http") else fs.unstrip_protocol(p)
+            found[url] = fs.info(p).get("size")
+    except ImportError as e:
+        raise InputError(f"{pattern}: {e}; install the package for this protocol") from e
+    except Exception as e:  # fsspec's back ends raise what they like
+        raise InputError(f"{pattern}: cannot be listed: {type(e).__name__}: {e}") from e
+    if not found:
+        raise InputError(f"{pattern}: the pattern matches no file")
+    return found
+
+
+def _path_of(url: str) -> str:
+    """Return the path by which a shard is named: its URL without the query, or the last tar in a piped command."""
+    if url.startswith("pipe:"):
+        words = [w.strip("'\"") for w in url.split() if shard_stem(w.strip("'\"")) != w.strip("'\"")]
+        if not words:
+            raise InputError(f"{url}: the command names no .tar file by which to know the shard")
+        return _path_of(words[-1])
+    if _SCHEME.match(url):
+        return url.split("?")[0].split("#")[0]
+    return str(Path(url).resolve())
+
+
+def _common_folder(paths: Iterable[str]) -> str:
+    folders = [p.rsplit("/", 1)[0].split("/") for p in paths]
+    shared = []
+    for parts in zip(*folders, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return "/".join(shared)
+
+
+# -- opening a shard --------------------------------------------------------------------------------------------------
+
+
+_REMEDY = "fetch it again or pass on_bad_shard: skip"
+
+
+@contextmanager
+def open_shard(shard: Shard) -> Iterator[Members]:
+    """Yield the members of a shard, from a plain or gzip tar; raises ShardError where it cannot be read."""
+    with ExitStack() as stack:
+        try:
+            raw = stack.enter_context(_raw(shard))
+            start = raw.read(2)
+        except Exception as e:  # fsspec's back ends raise what they like
+            raise _unreadable(shard.name, e) from e
+        stream: Any = _Rejoined(start, raw)
+        compressed = start == b"\x1f\x8b"
+        if compressed:
+            stream = gzip.GzipFile(fileobj=stream, mode="rb")
+        yield Members(stream, shard.name, compressed)
+
+
+def _unreadable(name: str, error: Exception) -> ShardError:
+    if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
+        return ShardError(f"{name}: the gzip stream is cut or damaged ({error}); {_REMEDY}")
+    return ShardError(f"{name}: cannot be read: {error or type(error).__name__}; {_REMEDY}")
+
+
+@contextmanager
+def _raw(shard: Shard) -> Iterator[IO[bytes]]:
+    url = shard.url
+    if not url.startswith("pipe:"):
+        with fsspec.open(url, "rb") if _SCHEME.match(url) else open(url, "rb") as f:
+            yield f
+        return
+    with subprocess.Popen(url[len("pipe:") :], shell=True, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        yield process.stdout
+        process.stdout.close()
+        if process.wait():
+            raise ShardError(f"{shard.name}: the command ended with exit code {process.returncode}: {url}")
+
+
+class _Rejoined:
+    """A readable stream with its first bytes put back."""
+
+    def __init__(self, start: bytes, rest: IO[bytes]) -> None:
+        self.start, self.rest = start, rest
+
+    def read(self, size: int = -1) -> bytes:
+        if not self.start:
+            return self.rest.read(size)
+        start, self.start = self.start, b""
+        if 0 <= size < len(start):
+            start, self.start = start[:size], start[size:]
+        return start
+
+
+# -- members ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Member:
+    """One tar member.  Its body can be read while it is the reader's current member.
+
+    `key` and `suffix` are empty, and `index` is -1, for members that belong to no sample (folders, names without a
+    dot, pax global headers).
+    """
+
+    name: bytes
+    kind: bytes
+    size: int
+    head: bytes
+    key: bytes = b""
+    suffix: str = ""
+    index: int = -1
+    supported: bool = True
+    reader: Members = field(repr=False, default=None)  # type: ignore[assignment]
+
+    @property
+    def is_global(self) -> bool:
+        """True for a pax global header, which applies to every member after it."""
+        return self.kind == _PAX_GLOBAL
+
+    def read(self) -> bytes:
+        """Return the member's data."""
+        data = self.reader.take(self.size, "a member")
+        self.reader.left = -self.size % BLOCK
+        return data
+
+    def raw(self) -> Iterator[bytes]:
+        """Yield the member as it stands in the tar: extension headers, header, data, padding."""
+        yield self.head
+        yield from self.reader.rest()
+
+
+class Members:
+    """Iterate over a tar's members to its end-of-archive, and raise ShardError unless that end is sound."""
+
+    def __init__(self, stream: IO[bytes], name: str, compressed: bool = False) -> None:
+        self.name, self.compressed = name, compressed
+        self._stream = stream
+        self._offset = 0
+        self.left = 0  # bytes of the current member's body that nobody has read
+        self.samples = 0
+
+    def __iter__(self) -> Iterator[Member]:
+        key: bytes = b""
+        suffixes: set[str] = set()
+        while (member := self._next()) is not None:
+            match = _KEY.fullmatch(member.name) if member.kind not in (b"5", _PAX_GLOBAL) else None
+            if match and not _META.match(member.name):
+                member.key = match[1]
+                member.suffix = match[2].decode("utf-8", "backslashreplace").lower()
+                if self.samples == 0 or member.key != key or member.suffix in suffixes:
+                    key, suffixes = member.key, set()
+                    self.samples += 1
+                suffixes.add(member.suffix)
+                member.index = self.samples - 1
+            yield member
+            for _ in self.rest():
+                pass
+        self._check_end()
+
+    def take(self, size: int, where: str) -> bytes:
+        """Return exactly `size` bytes; raises ShardError naming the place where the tar ends instead."""
+        data = self._read(size)
+        if len(data) < size:
+            raise ShardError(f"{self.name}: ends inside {where} at byte {self._offset:,}; {_REMEDY}")
+        return data
+
+    def _read(self, size: int) -> bytes:
+        """Return up to `size` bytes, fewer only where the stream ends."""
+        try:
+            data = self._stream.read(size)
+            while len(data) < size and (more := self._stream.read(size - len(data))):
+                data += more
+        except Exception as e:  # fsspec's back ends raise what they like
+            raise _unreadable(self.name, e) from e
+        self._offset += len(data)
+        return data
+
+    def rest(self) -> Iterator[bytes]:
+        """Yield what is left of the current member's data and padding."""
+        while self.left:
+            size = min(self.left, 1 << 20)
+            self.left -= size
+            yield self.take(size, "a member")
+
+    def _fail(self, what: str) -> ShardError:
+        return ShardError(f"{self.name}: {what} at byte {self._offset:,}; {_REMEDY}")
+
+    def _next(self) -> Member | None:
+        head = b""
+        own: dict[bytes, bytes] = {}  # what extension headers say of this member
+        while (block := self._header(first=not head)) is not None:
+            kind, size = block[156:157], self._number(block[124:136])
+            head += block
+            if kind not in _EXTENSIONS:
+                return self._member(block, kind, size, head, own)
+            if size > _MAX_EXTENSION:
+                raise self._fail(f"an extension header of {size:,} bytes")
+            data = self.take(size, "an extension header")
+            head += data + self.take(-size % BLOCK, "an extension header")
+            if kind == _PAX_GLOBAL:
+                return Member(b"", kind, 0, head, reader=self)
+            if kind in _PAX:
+                own.update(self._pax(data))
+            elif kind == _LONG_NAME:
+                own[b"path"] = data.split(b"\0", 1)[0]
+        return None
+
+    def _member(self, block: bytes, kind: bytes, size: int, head: bytes, own: dict[bytes, bytes]) -> Member:
+        supported = kind in _REGULAR
+        if kind == b"S":
+            extended = block[482]
+            while extended:
+                more = self.take(BLOCK, "a sparse header")
+                head, extended = head + more, more[504]
+        if any(k.startswith(b"GNU.sparse.") for k in own):
+            supported = False
+            own[b"path"] = own.get(b"GNU.sparse.name", own.get(b"path", b""))
+        if b"size" in own:
+            if not own[b"size"].isdigit():
+                raise self._fail(f"a pax size of {own[b'size'][:20]!r}")
+            size = int(own[b"size"])
+        if kind in _NO_DATA:
+            size = 0
+        name = own.get(b"path") or self._name(block)
+        if kind in _REGULAR and name.endswith(b"/"):
+            kind = b"5"
+        self.left = size + -size % BLOCK
+        return Member(name, kind, size, head, supported=supported, reader=self)
+
+    def _header(self, first: bool) -> bytes | None:
+        """Return the next header block, or None at the first of the two zero blocks that end the archive."""
+        block = self._read(BLOCK)
+        if not block:
+            if not self._offset:
+                raise ShardError(f"{self.name}: is empty (0 bytes); {_REMEDY}")
+            where = "without its end-of-archive" if first else "after an extension header"
+            raise ShardError(f"{self.name}: ends {where} at byte {self._offset:,}; {_REMEDY}")
+        if len(block) < BLOCK:
+            what = "is not a tar" if self._offset < BLOCK else "ends inside a header"
+            raise ShardError(f"{self.name}: {what} at byte {self._offset:,}; {_REMEDY}")
+        if not any(block):
+            if not first:
+                raise self._fail("the archive ends after an extension header")
+            return None
+        unsigned = sum(block) - sum(block[148:156]) + 8 * 32
+        try:
+            stored = int(block[148:156].strip(b" \0"), 8)
+        except ValueError:
+            stored = -1
+        if stored != unsigned and stored != unsigned - 256 * sum(b > 127 for b in block[:148] + block[156:]):
+            self._offset -= BLOCK
+            what = "a damaged header" if self._offset else "is not a tar: no header"
+            raise self._fail(what)
+        return block
+
+    def _check_end(self) -> None:
+        if any(self.take(BLOCK, "its end-of-archive")):
+            raise self._fail("the archive ends with one zero block instead of two")
+        while chunk := self._read(1 << 20):
+            if any(chunk):
+                raise self._fail("data after the end-of-archive")
+
+    def _number(self, text: bytes) -> int:
+        if text[0] == 0x80:
+            return int.from_bytes(text[1:], "big")
+        try:
+            number = int(text.strip(b" \0") or b"0", 8)
+        except ValueError:
+            number = -1
+        if number < 0:
+            raise self._fail(f"a header with size {text!r}")
+        return number
+
+    @staticmethod
+    def _name(block: bytes) -> bytes:
+        name = block[:100].split(b"\0", 1)[0]
+        prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
+        return prefix + b"/" + name if prefix else name
+
+    def _pax(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
+        while data.strip(b"\0"):
+            length, space, _ = data.partition(b" ")
+            size = int(length) if length.isdigit() and len(length) < 8 else 0
+            record = data[:size]
+            keyword, equals, value = record[len(length) + 1 : -1].partition(b"=")
+            if not (space and equals and record.endswith(b"\n") and len(record) == size):
+                raise self._fail("a damaged pax header")
+            yield keyword, value
+            data = data[size:]
+
+
+# -- side-cars --------------------------------------------------------------------------------------------------------
+
+
+def check_stats(shard: Shard, samples: int) -> None:
+    """Raise ShardError when an img2dataset `_stats.json` beside the shard counts other than `samples` successes."""
+    if shard.url.startswith("pipe:"):
+        return
+    path = f"{shard_stem(shard.url.split('?')[0])}_stats.json"
+    try:
+        with fsspec.open(path, "rb") if _SCHEME.match(path) else open(path, "rb") as f:
+            stats = json.load(f)
+    except Exception:  # no side-car, or one that is none of ours: nothing to check against
+        return
+    expected = stats.get("successes") if isinstance(stats, dict) else None
+    if isinstance(expected, int) and expected != samples:
+        raise ShardError(
+            f"{shard.name}: holds {samples:,} samples, {PurePosixPath(path).name} counts {expected:,}; {_REMEDY}"
+        )
+
+
+# -- identity ---------------------------------------------------------------------------------------------------------
+
+
+def sample_uid(shard: str, key: bytes) -> bytes:
+    """Return the 16-byte uid of a sample: blake2b-128 of shard and key, each prefixed by its length (8 bytes, big)."""
+    name = shard.encode("utf-8", "surrogateescape")
+    parts = (len(name).to_bytes(8, "big"), name, len(key).to_bytes(8, "big"), key)
+    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
+
+
+def printable_key(key: bytes) -> str:
+    """Return the key as text: itself where it is UTF-8, else with its other bytes escaped as `\\xNN`."""
+    return key.decode("utf-8", "backslashreplace")
