@@ -106,8 +106,8 @@ def _rows(
         "caption_count": groups.caption_count[rows].astype(np.int32),
         "joint_count": groups.joint_count[rows].astype(np.int32),
         "duplication": np.array(DUPLICATION)[decisions.duplication[rows]].tolist(),
-        "magnitude": _of_rows(scores and scores.magnitude, groups.caption[rows]),
-        "magnitude_eps": _of_rows(scores and scores.magnitude_eps, groups.caption[rows]),
+        "magnitude": _of_rows(scores.magnitude if scores else None, groups.caption[rows]),
+        "magnitude_eps": _of_rows(scores.magnitude_eps if scores else None, groups.caption[rows]),
         "captions": decisions.pooled.slice(rows[0] if len(rows) else 0, len(rows)),
     }
     return pa.table(columns, schema=MANIFEST)

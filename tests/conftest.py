@@ -1,0 +1,55 @@
+"""Small real inputs that the tests share: images, tars and shards with a known truth."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real photos and captions; tests that need it skip where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the shared photos and captions are not here")
+    return SHARED_DATA
+
+
+def picture(seed: int, width: int = 96, height: int = 80) -> Image.Image:
+    """Return a picture of smooth random shapes: unlike that of any other seed, and stable under re-encoding."""
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 256, (6, 7, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, format: str = "JPEG", **options: object) -> bytes:
+    """Return the image's file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **({"quality": 92} if format == "JPEG" else {}) | options)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]], mode: str = "w") -> Path:
+    """Write a tar of these members, in order, without the clock."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode, format=tarfile.PAX_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def sample(key: str, image: bytes | None, caption: str | None = None, **more: bytes) -> list[tuple[str, bytes]]:
+    """Return the members of one sample."""
+    members = [] if image is None else [(f"{key}.jpg", image)]
+    if caption is not None:
+        members.append((f"{key}.txt", caption.encode()))
+    return members + [(f"{key}.{suffix}", data) for suffix, data in more.items()]
