@@ -64,8 +64,8 @@ def picture(random: np.random.Generator) -> Image.Image:
     image = Image.fromarray(ground).resize((192, 160), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
     for _ in range(12):
-        x, y = random.integers(-20, 190), random.integers(-20, 158)
-        w, h = random.integers(15, 90, 2)
+        x, y = random.integers(-20, 160, 2).tolist()
+        w, h = random.integers(15, 90, 2).tolist()
         colour = tuple(int(c) for c in random.integers(0, 256, 3))
         shape = random.integers(3)
         if shape == 0:

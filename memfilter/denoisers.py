@@ -6,7 +6,7 @@ Only weights in safetensors files are read; nothing is unpickled and no remote c
 from __future__ import annotations
 
 import hashlib
-import logging
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -93,69 +93,57 @@ def _folder(spec: str) -> Path:
 def load_denoiser(model: ModelFiles, dtype: str) -> Denoiser:
     """Return the pipeline's denoiser on the GPU if there is one, else on the CPU, in evaluation mode.
 
-    `auto` is float16 on a GPU and float32 on a CPU.  Raises ModelError for a pipeline that cannot be loaded or is of
-    another family than Stable Diffusion 1 and 2.
+    `auto` is float16 on a GPU and float32 on a CPU.  Raises ModelError for a pipeline that cannot be loaded whole or is
+    of another family than Stable Diffusion 1 and 2.
     """
     import torch
-    from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = {"auto": "float16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
-    diffusers_logging.disable_progress_bar()
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    for module in (diffusers_logging, transformers_logging):
+        module.disable_progress_bar()
+        module.set_verbosity_error()
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            _folder(model.spec),
-            torch_dtype=getattr(torch, kind),
-            use_safetensors=True,
-            local_files_only=True,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        return StableDiffusion(_folder(model.spec), device, getattr(torch, kind))
+    except ModelError as e:
+        raise ModelError(f"{model.spec}: {e}") from e
     except Exception as e:  # diffusers and transformers raise what they like
         cause = " ".join(str(e).split())[:200]
         raise ModelError(f"{model.spec}: the pipeline cannot be loaded: {type(e).__name__}: {cause}") from e
-    if (
-        not type(pipe).__name__.startswith("StableDiffusion")
-        or not hasattr(pipe, "unet")
-        or "XL" in type(pipe).__name__
-    ):
-        raise ModelError(
-            f"{model.spec}: a {type(pipe).__name__}; this version scores Stable Diffusion 1 and 2 pipelines"
-        )
-    return StableDiffusion(pipe.to(device))
 
 
 class StableDiffusion:
-    """Stable Diffusion 1 and 2: one CLIP text encoder and a UNet with cross-attention."""
+    """Stable Diffusion 1 and 2: one CLIP text encoder and a UNet with cross-attention.
 
-    def __init__(self, pipe: Any) -> None:
-        from diffusers import DDIMScheduler
+    The parts are loaded by these classes, never by what the folder names, so that no code in it can run.
+    """
 
-        self._pipe = pipe
-        self._unet = pipe.unet.eval()
-        pipe.text_encoder.eval()
-        config = pipe.unet.config
-        size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
-        self.latent_shape = (config.in_channels, *size)
-        if config.in_channels != config.out_channels:
-            raise ModelError(f"the UNet takes {config.in_channels} channels and returns {config.out_channels}")
-        self.device, self.dtype = pipe.unet.device, pipe.unet.dtype
-        self._schedule = DDIMScheduler.from_config(pipe.scheduler.config)
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        from diffusers import DDIMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        _refuse_other_families(folder)
+        self.device, self.dtype = device, dtype
+        self._tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        self._text_encoder = _whole(CLIPTextModel, folder / "text_encoder").to(device, dtype).eval()
+        self._unet = _whole(UNet2DConditionModel, folder / "unet").to(device, dtype).eval()
+        # Stable Diffusion counts its steps from 1, as its own pipeline insists
+        self._schedule = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", steps_offset=1)
         self.prediction_type = str(self._schedule.config.prediction_type)
+        self.latent_shape = _latent_shape(self._unet.config)
 
     def token_ids(self, captions: list[str]) -> list[bytes]:
         """Return of each caption the ids that the text encoder sees, as bytes."""
-        tokenizer = self._pipe.tokenizer
-        ids = tokenizer(captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
-        return [b"".join(int(i).to_bytes(4, "big") for i in row) for row in ids["input_ids"]]
+        return [b"".join(i.to_bytes(4, "big") for i in row) for row in self._ids(captions)]
 
     def encode(self, captions: list[str]) -> torch.Tensor:
         """Return the text encoder's states (B, 77, D)."""
-        condition: torch.Tensor = self._pipe.encode_prompt(captions, self.device, 1, False)[0]
-        return condition
+        import torch
+
+        states: torch.Tensor = self._text_encoder(torch.tensor(self._ids(captions), device=self.device))[0]
+        return states
 
     def predict(self, x: torch.Tensor, timestep: int, condition: torch.Tensor) -> torch.Tensor:
         """Return the UNet's raw prediction (B, C, H, W)."""
@@ -170,6 +158,42 @@ class StableDiffusion:
     def alpha_bar(self, timestep: int) -> float:
         """Return the cumulative product of the alphas at a timestep."""
         return float(self._schedule.alphas_cumprod[timestep])
+
+    def _ids(self, captions: list[str]) -> list[list[int]]:
+        length = self._text_encoder.config.max_position_embeddings
+        ids: list[list[int]] = self._tokenizer(captions, padding="max_length", max_length=length, truncation=True)[
+            "input_ids"
+        ]
+        return ids
+
+
+def _refuse_other_families(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    name = str(index["_class_name"])
+    if (
+        not name.startswith("StableDiffusion")
+        or "XL" in name
+        or not {"unet", "text_encoder", "tokenizer"} <= set(index)
+    ):
+        raise ModelError(f"a {name}; this version scores Stable Diffusion 1 and 2 pipelines")
+
+
+def _whole(kind: Any, folder: Path) -> Any:
+    """Return a model of which every weight was in the folder's safetensors files; raises ModelError."""
+    model, info = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{folder.name} lacks {len(missing)} weights, such as {missing[0]}; save or fetch it again")
+    return model
+
+
+def _latent_shape(unet: Any) -> tuple[int, int, int]:
+    size = unet.sample_size if isinstance(unet.sample_size, (list, tuple)) else (unet.sample_size,) * 2
+    if unet.in_channels != unet.out_channels or None in size:
+        raise ModelError(
+            f"the UNet takes {unet.in_channels} channels of size {unet.sample_size} and returns {unet.out_channels}; "
+            "a text-to-image model's are equal and its size is set"
+        )
+    return (int(unet.in_channels), int(size[0]), int(size[1]))
 
 
 def token_digest(ids: bytes) -> bytes:

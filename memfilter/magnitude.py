@@ -12,6 +12,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ from .config import Config, FalsePositiveRate, Quantile, digest_of
 from .denoisers import Denoiser, ModelFiles, find_model, load_denoiser, token_digest
 from .errors import ConfigError, ModelError
 from .records import SCORES, Floats, Ints, Scores
-from .store import Store, done, file_digest, read_note, read_table, write_table
+from .store import Store, done, read_note, read_table, write_table
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +66,9 @@ class Scorer:
         noise = [torch.randn(denoiser.latent_shape, generator=torch.Generator().manual_seed(s)) for s in range(seeds)]
         self.noise = torch.stack(noise).to(denoiser.device, denoiser.dtype)
         with torch.inference_mode():
-            empty = denoiser.encode([""])
-            self.unconditional = [self._predict(x[None], timestep, empty) for x in self.noise]
+            # in a full batch, so that it takes the same path through the kernels as the captions do
+            empty = denoiser.encode([""] * batch_size)
+            self.unconditional = [self._predict(x, timestep, empty)[:1] for x in self.noise]
         self.scoring = Scoring(
             denoiser.prediction_type,
             timestep,
@@ -101,23 +103,21 @@ class Scorer:
         import torch
 
         with torch.inference_mode():
-            # a short batch is filled up, so that every batch takes the same path through the kernels
+            # a short batch is filled up, for the same reason
             condition = self.denoiser.encode(captions + [""] * (self.batch_size - len(captions)))
             columns = []
             for x, unconditional in zip(self.noise, self.unconditional, strict=True):
-                prediction = self._predict(x.expand(self.batch_size, *x.shape), self.scoring.timestep, condition)
+                prediction = self._predict(x, self.scoring.timestep, condition)
                 columns.append((prediction - unconditional).flatten(1).norm(dim=1))
             norms: Floats = torch.stack(columns, dim=1)[: len(captions)].cpu().numpy()
         if not np.isfinite(norms).all():
             worst = captions[int(np.argmin(np.isfinite(norms).all(1)))]
-            raise ModelError(
-                f"the model's prediction for {worst[:60]!r} is not finite in {self.scoring.dtype}; "
-                "set magnitude.dtype: float32"
-            )
+            hint = "its weights are damaged" if self.scoring.dtype == "float32" else "set magnitude.dtype: float32"
+            raise ModelError(f"the prediction for {worst[:60]!r} is not finite in {self.scoring.dtype}; {hint}")
         return norms
 
     def _predict(self, x: torch.Tensor, timestep: int, condition: torch.Tensor) -> torch.Tensor:
-        return self.denoiser.predict(x, timestep, condition).float()
+        return self.denoiser.predict(x.expand(len(condition), *x.shape), timestep, condition).float()
 
 
 def eps_factor(prediction_type: str, alpha_bar: float) -> float:
@@ -161,13 +161,13 @@ def score_captions(
         # loaded when a table is missing, once, whatever is missing
         return Scorer(load_denoiser(model, settings.dtype), settings.seeds, settings.batch_size)
 
+    wanted = settings.threshold
+    lines = _reference(Path(wanted.reference)) if isinstance(wanted, FalsePositiveRate) else None
     digest = digest_of([base, captions_digest])
     own, info = _table(texts, digest, store.scores / "captions.parquet", scorer, progress)
     reference = None
-    if isinstance(settings.threshold, FalsePositiveRate):
-        path = Path(settings.threshold.reference)
-        lines = _reference(path)
-        digest = digest_of([base, "reference", file_digest(path)])
+    if lines is not None:
+        digest = digest_of([base, "reference", lines.to_pylist()])
         table, _ = _table(pa.chunked_array([lines]), digest, store.scores / "reference.parquet", scorer, progress)
         reference = table["magnitude"].to_numpy()
     info = {
@@ -215,7 +215,7 @@ def _table(
     log.info("scoring %d conditions of %d distinct captions", len(order), len(captions))
     for start in progress(iter(starts), len(starts)):
         part = chunks / f"{start // _CHUNK:06}.parquet"
-        part_digest = digest_of([digest, start])
+        part_digest = digest_of([digest, start, _CHUNK])
         if not done(part, part_digest):
             chunk = order[start : start + _CHUNK]
             per_seed = warm.score([captions[first[c]] for c in chunk])
@@ -269,5 +269,6 @@ def threshold(config: Config, scores: Scores | None, samples: Ints) -> float | N
         return float(np.quantile(own, wanted.quantile, method="higher")) if len(own) else None
     assert scores.reference is not None
     highest = np.sort(scores.reference)[::-1]
-    allowed = int(wanted.false_positive_rate * len(highest))
+    # of the share as it was written: in floats 0.29 * 100 < 29
+    allowed = int(Fraction(str(wanted.false_positive_rate)) * len(highest))
     return float(np.nextafter(highest[allowed], np.float32(np.inf)))
