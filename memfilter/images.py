@@ -47,18 +47,27 @@ def decode(data: bytes, full: bool, max_pixels: int) -> Decoded:
     """
     if not data:
         raise BadImage("empty_image", "the image member has 0 bytes")
-    if not full and data[:3] == b"\xff\xd8\xff" and b"Exif\0" not in data[:65536]:
+    if not full and data[:3] == b"\xff\xd8\xff":
         try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-            if colours in ("YCbCr", "Gray", "RGB"):
-                _check_size(width, height, max_pixels)
-                grey = simplejpeg.decode_jpeg(
-                    data, "GRAY", fastdct=True, fastupsample=True, min_height=GREY_SIDE, min_width=GREY_SIDE
-                )
-                return Decoded(width, height, grey[:, :, 0])
-        except ValueError:  # Pillow is asked before an image is called unreadable
+            return _decode_jpeg(data, max_pixels)
+        except (ValueError, OSError, SyntaxError):  # Pillow is asked before an image is called unreadable
             pass
     return _decode_with_pillow(data, full, max_pixels)
+
+
+def _decode_jpeg(data: bytes, max_pixels: int) -> Decoded:
+    """Return a JPEG's grey pixels from the smallest scaled decode that is large enough; raises ValueError."""
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    if colours not in ("YCbCr", "Gray", "RGB"):
+        raise ValueError(f"{colours} has no fast path to grey")
+    _check_size(width, height, max_pixels)
+    orientation = 1
+    if data.find(b"Exif\0", 0, 65536) >= 0:
+        orientation = Image.open(io.BytesIO(data), formats=("JPEG", "MPO")).getexif().get(_ORIENTATION, 1)
+    grey = simplejpeg.decode_jpeg(
+        data, "GRAY", fastdct=True, fastupsample=True, min_height=GREY_SIDE, min_width=GREY_SIDE
+    )
+    return _upright(width, height, grey[:, :, 0], orientation)
 
 
 def _decode_with_pillow(data: bytes, full: bool, max_pixels: int) -> Decoded:
@@ -66,9 +75,9 @@ def _decode_with_pillow(data: bytes, full: bool, max_pixels: int) -> Decoded:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # ours is the limit on pixels; odd metadata is no defect of the image
             image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
-            _check_size(image.width, image.height, max_pixels)
             width, height = image.size
-            orientation = image.getexif().get(0x0112, 1)
+            _check_size(width, height, max_pixels)
+            orientation = image.getexif().get(_ORIENTATION, 1)
             if not full:
                 image.draft("L", (GREY_SIDE, GREY_SIDE))
             image.load()
@@ -80,14 +89,22 @@ def _decode_with_pillow(data: bytes, full: bool, max_pixels: int) -> Decoded:
         raise BadImage("unreadable_image", f"{type(e).__name__}: {e}"[:200]) from e
     if image.mode != "RGB" and not (image.mode == "L" and not full):
         image = image.convert("RGBA").convert("RGB")
+    return _upright(width, height, np.asarray(image if full else image.convert("L")), orientation)
+
+
+_ORIENTATION = 0x0112  # the EXIF tag
+
+
+def _upright(width: int, height: int, pixels: npt.NDArray[np.uint8], orientation: object) -> Decoded:
     turn = _TURNS.get(orientation)
-    if turn is not None:
-        image = image.transpose(turn)
-        width, height = (height, width) if orientation >= 5 else (width, height)
-    return Decoded(width, height, np.asarray(image if full else image.convert("L")))
+    if turn is None:
+        return Decoded(width, height, pixels)
+    if orientation in (5, 6, 7, 8):
+        width, height = height, width
+    return Decoded(width, height, np.asarray(Image.fromarray(pixels).transpose(turn)))
 
 
-_TURNS = {
+_TURNS: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -105,8 +122,8 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 def thumbnail(pixels: npt.NDArray[np.uint8], side: int = THUMBNAIL_SIDE) -> npt.NDArray[np.uint8]:
     """Return grey or RGB pixels as grey (side, side), filtered."""
-    small = Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    return np.asarray(small.convert("L"))
+    small = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return np.asarray(small if small.mode == "L" else small.convert("L"))
 
 
 def is_blank(small: npt.NDArray[np.uint8]) -> bool:
@@ -115,8 +132,13 @@ def is_blank(small: npt.NDArray[np.uint8]) -> bool:
     True when its grey levels deviate by less than 4 of 255, or when a histogram of 32 levels has less than one bit
     of entropy: one flat colour, or one colour with a few specks.
     """
-    if small.std() < 4:
+    counts = np.bincount(small.ravel(), minlength=256)
+    mean = counts @ _LEVELS / small.size
+    if counts @ (_LEVELS - mean) ** 2 / small.size < 4**2:
         return True
-    share = np.bincount(small.ravel() >> 3, minlength=32) / small.size
+    share = counts.reshape(32, 8).sum(1) / small.size
     share = share[share > 0]
-    return float(-(share * np.log2(share)).sum()) < 1.0
+    return float(-(share @ np.log2(share))) < 1.0
+
+
+_LEVELS = np.arange(256, dtype=np.float64)

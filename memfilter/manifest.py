@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -243,8 +244,8 @@ class Manifest:
         """
         path = url.split("?")[0].split("#")[0].removeprefix("file:")
         known = self._names
-        for root in (self.root, str((self.path / "shards").resolve())):
-            full = path if "://" in path else str(Path(path).resolve())
+        for root in (self.root, os.path.abspath(self.path / "shards")):
+            full = path if "://" in path else os.path.abspath(path)
             if root and full.startswith(root.rstrip("/") + "/"):
                 name = full[len(root.rstrip("/")) + 1 :]
                 if name in known:

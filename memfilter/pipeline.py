@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +34,9 @@ def run(patterns: list[str], out: str | Path, config: Config | None = None, work
     """
     config, store = config or Config(), Store(out)
     stored = store.read_run() or {}
-    shards, root = find_shards(patterns, config.input.root or stored.get("root"), config.input.allow_pipe)
+    # names below a root are settled by the first shard that was read
+    root = config.input.root or (stored.get("root") if store.has_signatures() else None)
+    shards, root = find_shards(patterns, root, config.input.allow_pipe)
     _refuse_nesting(shards, store.path)
     model = find_model(config.magnitude.model) if config.magnitude.model else None
     with store.locked():
@@ -140,11 +143,11 @@ def _scoring_bar(chunks: Iterator[int], total: int) -> Iterator[int]:
 
 
 def _refuse_nesting(shards: list[Shard], out: Path) -> None:
-    out = out.resolve()
-    for shard in shards:
-        path = Path(shard.url)
-        if path.is_absolute() and (path.parent == out or path.parent in out.parents or out in path.parents):
-            raise ConfigError(f"{out}: lies in an input folder, or holds one ({path.parent}); give another --out")
+    places = {Path(os.path.abspath(out)), out.resolve()}
+    for folder in {Path(s.url).parent for s in shards if Path(s.url).is_absolute()}:
+        for place in places:
+            if place == folder or folder in place.parents or place in folder.parents:
+                raise ConfigError(f"{place}: lies in an input folder, or holds one ({folder}); give another --out")
 
 
 def _about(

@@ -52,7 +52,7 @@ def signature_schema(dim: int) -> pa.Schema:
         pa.field("key", pa.string(), nullable=False),
         pa.field("bad", pa.dictionary(pa.int8(), pa.string())),
         pa.field("detail", pa.string()),
-        pa.field("digest", pa.binary(16)),  # blake2b-128 of the image member's bytes
+        pa.field("digest", pa.binary(16)),  # the first half of the sha256 of the image member's bytes
         pa.field("hash", pa.uint64()),  # the perceptual hash, first bit highest
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),

@@ -8,6 +8,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -51,6 +52,7 @@ class Signed:
     skipped: str | None = None
 
 
+@cache
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that shape a signature's numbers."""
     return {name: version(name) for name in _LIBRARIES}
@@ -249,7 +251,7 @@ class Signer:
         # imagededup resizes to the thumbnail's size for its phash, so the thumbnail spares it the work
         hashed = small if self.config.images.hash == "phash" and not self.full else decoded.pixels
         row = {
-            "digest": hashlib.blake2b(data, digest_size=16).digest(),
+            "digest": hashlib.sha256(data).digest()[:16],
             "hash": int(self.hasher.encode_image(image_array=hashed), 16),
             "width": decoded.width,
             "height": decoded.height,

@@ -10,7 +10,9 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
+import io
 import json
+import os
 import re
 import subprocess
 import zlib
@@ -81,17 +83,18 @@ def _expand(pattern: str) -> dict[str, int | None]:
         return _expand_remote(pattern)
     path = Path(pattern)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.name.lower().endswith(_TAR_SUFFIXES) and p.is_file())
+        everything = map(Path, glob.glob(f"{glob.escape(pattern)}/**", recursive=True))
+        files = [p for p in everything if p.name.lower().endswith(_TAR_SUFFIXES) and p.is_file()]
         if not files:
             raise InputError(f"{pattern}: the folder holds no {', '.join(_TAR_SUFFIXES)} file")
     elif path.is_file():
         files = [path]
     else:
-        files = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+        files = [Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()]
         if not files:
             missing = "the pattern matches no file" if glob.has_magic(pattern) else "no such file or folder"
             raise InputError(f"{pattern}: {missing}")
-    return {str(p.resolve()): p.stat().st_size for p in files}
+    return {os.path.abspath(p): p.stat().st_size for p in files}  # a link keeps the name that it was given
 
 
 def _expand_remote(pattern: str) -> dict[str, int | None]:
@@ -125,7 +128,7 @@ def _path_of(url: str) -> str:
         return _path_of(words[-1])
     if _SCHEME.match(url):
         return url.split("?")[0].split("#")[0]
-    return str(Path(url).resolve())
+    return os.path.abspath(url)
 
 
 def _common_folder(paths: Iterable[str]) -> str:
@@ -149,12 +152,11 @@ def open_shard(shard: Shard) -> Iterator[Members]:
     """Yield the members of a shard, from a plain or gzip tar; raises ShardError where it cannot be read."""
     with ExitStack() as stack:
         try:
-            raw = stack.enter_context(_raw(shard))
-            start = raw.read(2)
+            raw: Any = stack.enter_context(_raw(shard))
+            stream: Any = raw if hasattr(raw, "peek") else io.BufferedReader(raw)
+            compressed = stream.peek(2)[:2] == b"\x1f\x8b"
         except Exception as e:  # fsspec's back ends raise what they like
             raise _unreadable(shard.name, e) from e
-        stream: Any = _Rejoined(start, raw)
-        compressed = start == b"\x1f\x8b"
         if compressed:
             stream = gzip.GzipFile(fileobj=stream, mode="rb")
         yield Members(stream, shard.name, compressed)
@@ -181,25 +183,10 @@ def _raw(shard: Shard) -> Iterator[IO[bytes]]:
             raise ShardError(f"{shard.name}: the command ended with exit code {process.returncode}: {url}")
 
 
-class _Rejoined:
-    """A readable stream with its first bytes put back."""
-
-    def __init__(self, start: bytes, rest: IO[bytes]) -> None:
-        self.start, self.rest = start, rest
-
-    def read(self, size: int = -1) -> bytes:
-        if not self.start:
-            return self.rest.read(size)
-        start, self.start = self.start, b""
-        if 0 <= size < len(start):
-            start, self.start = start[:size], start[size:]
-        return start
-
-
 # -- members ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(slots=True)
 class Member:
     """One tar member.  Its body can be read while it is the reader's current member.
 

@@ -43,6 +43,10 @@ class Store:
         """Return the path of a shard's signature part."""
         return self.path / "signatures" / f"{shard}.parquet"
 
+    def has_signatures(self) -> bool:
+        """Tell whether any shard has been read."""
+        return next((self.path / "signatures").rglob("*.parquet"), None) is not None
+
     def manifest_part(self, shard: str) -> Path:
         """Return the path of a shard's manifest part."""
         return self.manifest / "parts" / f"{shard}.parquet"
