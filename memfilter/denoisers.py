@@ -17,10 +17,13 @@ from .store import file_digest
 if TYPE_CHECKING:
     import torch
 
+_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet")
+_SUFFIXES = (".safetensors", ".json", ".txt")
+
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A pipeline as the user named it, and the digests of its files by relative name."""
+    """A pipeline as the user named it, and the digests of the files that shape a score by relative name."""
 
     spec: str
     files: dict[str, str]
@@ -66,10 +69,8 @@ def find_model(spec: str) -> ModelFiles:
     path = _folder(spec)
     if not (path / "model_index.json").is_file():
         raise ModelError(f"{spec}: no diffusers pipeline: it has no model_index.json (save one with save_pretrained)")
-    files = sorted(
-        p for p in path.rglob("*") if p.is_file() and p.suffix in (".safetensors", ".json", ".txt", ".model")
-    )
-    return ModelFiles(spec, {p.relative_to(path).as_posix(): file_digest(p) for p in files})
+    parts = sorted(p for part in _PARTS for p in (path / part).rglob("*") if p.is_file() and p.suffix in _SUFFIXES)
+    return ModelFiles(spec, {p.relative_to(path).as_posix(): file_digest(p) for p in parts})
 
 
 def _folder(spec: str) -> Path:

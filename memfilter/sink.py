@@ -14,7 +14,7 @@ import numpy.typing as npt
 from .config import digest_of
 from .errors import ShardError
 from .records import Shard
-from .source import BLOCK, Members, open_shard, printable_key, shard_stem
+from .source import BLOCK, TAR_SUFFIXES, Members, open_shard, printable_key, shard_stem
 from .store import file_digest, read_table, replacing, write_json
 
 _RECORD = 20 * BLOCK  # what tar pads an archive to
@@ -94,12 +94,14 @@ def write_sizes(folder: Path, counts: dict[str, int]) -> None:
         parent, _, file = name.rpartition("/")
         by_folder[parent][file] = count
     expected = {marker(folder, name) for name in counts}
-    for stale in folder.rglob("*_stats.json"):
-        if stale not in expected:
-            stem = stale.name.removesuffix("_stats.json")
-            for suffix in (".tar", ".tar.gz", ".tgz"):
-                stale.with_name(stem + suffix).unlink(missing_ok=True)
-            stale.unlink()
+    tars = {folder / name for name in counts}
+    for found in list(folder.rglob("*_stats.json")):
+        stem = found.name.removesuffix("_stats.json")
+        for suffix in TAR_SUFFIXES:
+            if (tar := found.with_name(stem + suffix)) not in tars:
+                tar.unlink(missing_ok=True)
+        if found not in expected:
+            found.unlink()
     for sizes in folder.rglob("sizes.json"):
         if sizes.parent.relative_to(folder).as_posix().removeprefix(".") not in by_folder:
             sizes.unlink()

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import zlib
 from collections.abc import Iterable, Iterator
@@ -29,7 +30,7 @@ from .errors import ConfigError, InputError, ShardError
 from .records import Shard
 
 BLOCK = 512
-_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _KEY = re.compile(rb"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(rb"__[^/]*__(?:/|$)")
 _SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
@@ -55,17 +56,21 @@ def find_shards(patterns: Iterable[str], root: str | None = None, allow_pipe: bo
                 raise ConfigError(f"{pattern}: runs a command; set input.allow_pipe: true to allow it")
             urls[pattern] = None
             continue
-        for one in braceexpand.braceexpand(pattern):
+        try:
+            expanded = list(braceexpand.braceexpand(pattern))
+        except ValueError as e:
+            raise InputError(f"{pattern}: its braces are not balanced") from e
+        for one in expanded:
             urls.update(_expand(one))
     if not urls:
         raise InputError("no shards given; name .tar files, folders, globs or URLs")
     paths = {url: _path_of(url) for url in urls}
-    root = _common_folder(paths.values()) if root is None else _path_of(root).rstrip("/")
+    root = _common_folder(paths.values()) if root is None else _path_of(_canonical(root)).rstrip("/")
     shards: dict[str, Shard] = {}
     for url, path in paths.items():
         if not path.startswith(root.rstrip("/") + "/"):
             raise InputError(f"{url}: not below the input root {root}; give another --out or set input.root")
-        name = path[len(root.rstrip("/")) + 1 :]
+        name = path[len(root.rstrip("/")) :].lstrip("/")
         stem = shard_stem(name)
         if stem in shards:
             raise InputError(f"{url} and {shards[stem].url} have the same name '{name}'; set input.root to tell apart")
@@ -75,7 +80,7 @@ def find_shards(patterns: Iterable[str], root: str | None = None, allow_pipe: bo
 
 def shard_stem(name: str) -> str:
     """Return a shard's name without its tar suffix."""
-    return next((name[: -len(s)] for s in _TAR_SUFFIXES if name.lower().endswith(s)), name)
+    return next((name[: -len(s)] for s in TAR_SUFFIXES if name.lower().endswith(s)), name)
 
 
 def _expand(pattern: str) -> dict[str, int | None]:
@@ -83,10 +88,9 @@ def _expand(pattern: str) -> dict[str, int | None]:
         return _expand_remote(pattern)
     path = Path(pattern)
     if path.is_dir():
-        everything = map(Path, glob.glob(f"{glob.escape(pattern)}/**", recursive=True))
-        files = [p for p in everything if p.name.lower().endswith(_TAR_SUFFIXES) and p.is_file()]
+        files = [p for p in path.rglob("*") if p.name.lower().endswith(TAR_SUFFIXES) and p.is_file()]
         if not files:
-            raise InputError(f"{pattern}: the folder holds no {', '.join(_TAR_SUFFIXES)} file")
+            raise InputError(f"{pattern}: the folder holds no {', '.join(TAR_SUFFIXES)} file")
     elif path.is_file():
         files = [path]
     else:
@@ -103,7 +107,7 @@ def _expand_remote(pattern: str) -> dict[str, int | None]:
         if glob.has_magic(path):
             paths = sorted(fs.glob(path))
         elif not pattern.startswith("http") and fs.isdir(path):
-            paths = sorted(p for p in fs.find(path) if p.lower().endswith(_TAR_SUFFIXES))
+            paths = sorted(p for p in fs.find(path) if p.lower().endswith(TAR_SUFFIXES))
         else:
             paths = [path]
         found: dict[str, int | None] = {}
@@ -111,18 +115,34 @@ def _expand_remote(pattern: str) -> dict[str, int | None]:
             url = p if p.startswith("http") else fs.unstrip_protocol(p)
             found[url] = fs.info(p).get("size")
     except ImportError as e:
-        raise InputError(f"{pattern}: {e}; install the package for this protocol") from e
+        raise InputError(f"{pattern}: {_in_one_line(e)}; install the package for this protocol") from e
     except Exception as e:  # fsspec's back ends raise what they like
-        raise InputError(f"{pattern}: cannot be listed: {type(e).__name__}: {e}") from e
+        raise InputError(f"{pattern}: cannot be listed: {type(e).__name__}: {_in_one_line(e)}") from e
     if not found:
         raise InputError(f"{pattern}: the pattern matches no file")
     return found
 
 
+def _canonical(url: str) -> str:
+    """Return a URL as its file system itself would write it."""
+    if not _SCHEME.match(url) or url.startswith("http"):
+        return url
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except Exception as e:  # an unknown protocol, or one whose package is not installed
+        raise InputError(f"{url}: {_in_one_line(e)}") from e
+    canonical: str = fs.unstrip_protocol(path)
+    return canonical
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _path_of(url: str) -> str:
     """Return the path by which a shard is named: its URL without the query, or the last tar in a piped command."""
     if url.startswith("pipe:"):
-        words = [w.strip("'\"") for w in url.split() if shard_stem(w.strip("'\"")) != w.strip("'\"")]
+        words = [w for w in shlex.split(url) if shard_stem(w.split("?")[0]) != w.split("?")[0]]
         if not words:
             raise InputError(f"{url}: the command names no .tar file by which to know the shard")
         return _path_of(words[-1])
@@ -164,8 +184,8 @@ def open_shard(shard: Shard) -> Iterator[Members]:
 
 def _unreadable(name: str, error: Exception) -> ShardError:
     if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
-        return ShardError(f"{name}: the gzip stream is cut or damaged ({error}); {_REMEDY}")
-    return ShardError(f"{name}: cannot be read: {error or type(error).__name__}; {_REMEDY}")
+        return ShardError(f"{name}: the gzip stream is cut or damaged ({_in_one_line(error)}); {_REMEDY}")
+    return ShardError(f"{name}: cannot be read: {_in_one_line(error)}; {_REMEDY}")
 
 
 @contextmanager
@@ -177,10 +197,17 @@ def _raw(shard: Shard) -> Iterator[IO[bytes]]:
         return
     with subprocess.Popen(url[len("pipe:") :], shell=True, stdout=subprocess.PIPE) as process:
         assert process.stdout
-        yield process.stdout
+        failure: ShardError | None = None
+        try:
+            yield process.stdout
+        except ShardError as e:  # the command's own failure is the better cause
+            failure = e
         process.stdout.close()
         if process.wait():
-            raise ShardError(f"{shard.name}: the command ended with exit code {process.returncode}: {url}")
+            cause = f"the command ended with exit code {process.returncode}: {url}"
+            raise ShardError(f"{failure or shard.name}: {cause}") from failure
+        if failure:
+            raise failure
 
 
 # -- members ----------------------------------------------------------------------------------------------------------
@@ -210,7 +237,7 @@ class Member:
         return self.kind == _PAX_GLOBAL
 
     def read(self) -> bytes:
-        """Return the member's data."""
+        """Return the member's data, once."""
         data = self.reader.take(self.size, "a member")
         self.reader.left = -self.size % BLOCK
         return data
@@ -283,6 +310,8 @@ class Members:
         while (block := self._header(first=not head)) is not None:
             kind, size = block[156:157], self._number(block[124:136])
             head += block
+            if len(head) > 4 * _MAX_EXTENSION:
+                raise self._fail(f"extension headers of {len(head):,} bytes")
             if kind not in _EXTENSIONS:
                 return self._member(block, kind, size, head, own)
             if size > _MAX_EXTENSION:
@@ -304,6 +333,8 @@ class Members:
             while extended:
                 more = self.take(BLOCK, "a sparse header")
                 head, extended = head + more, more[504]
+                if len(head) > 4 * _MAX_EXTENSION:
+                    raise self._fail(f"sparse headers of {len(head):,} bytes")
         if any(k.startswith(b"GNU.sparse.") for k in own):
             supported = False
             own[b"path"] = own.get(b"GNU.sparse.name", own.get(b"path", b""))
@@ -370,15 +401,16 @@ class Members:
         return prefix + b"/" + name if prefix else name
 
     def _pax(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
-        while data.strip(b"\0"):
-            length, space, _ = data.partition(b" ")
-            size = int(length) if length.isdigit() and len(length) < 8 else 0
-            record = data[:size]
+        at, end = 0, len(data.rstrip(b"\0"))
+        while at < end:
+            length, space, _ = data[at : at + 8].partition(b" ")
+            size = int(length) if length.isdigit() else 0
+            record = data[at : at + size]
             keyword, equals, value = record[len(length) + 1 : -1].partition(b"=")
             if not (space and equals and record.endswith(b"\n") and len(record) == size):
                 raise self._fail("a damaged pax header")
             yield keyword, value
-            data = data[size:]
+            at += size
 
 
 # -- side-cars --------------------------------------------------------------------------------------------------------
