@@ -71,7 +71,7 @@ class Magnitude(_Section):
     seeds: Annotated[int, Field(ge=1)] = 1
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     batch_size: Annotated[int, Field(ge=1)] = 64
-    threshold: Quantile | FalsePositiveRate | Annotated[float, Field(ge=0)] | None = None
+    threshold: Quantile | FalsePositiveRate | Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
 class Policies(_Section):
@@ -147,6 +147,9 @@ def _first_cause(error: ValidationError) -> str:
     causes = error.errors()
     cause = next((c for c in causes if c["type"] == "extra_forbidden"), causes[0])
     where = [str(p) for p in cause["loc"]]
+    if where[:2] == ["magnitude", "threshold"]:  # one of several forms, each with a complaint of its own
+        forms = "a number, {quantile: 0 to 1} or {false_positive_rate: 0 to 1, reference: FILE}"
+        return f"magnitude.threshold must be {forms}, or null"
     if cause["type"] != "extra_forbidden":
         return f"{'.'.join(where[:2])} = {cause['input']!r}: {cause['msg']}"
     section: Any = Config.model_fields[where[0]].annotation if len(where) > 1 else Config

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,9 +26,12 @@ _SUFFIXES = (".safetensors", ".json", ".txt")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A pipeline as the user named it, and the digests of the files that shape a score by relative name."""
+    """A pipeline as the user named it, the name that the manifest tells (a folder's own, or the hub id), and the
+    digests of the files that shape a score by relative name.
+    """
 
     spec: str
+    name: str
     files: dict[str, str]
 
 
@@ -70,7 +76,8 @@ def find_model(spec: str) -> ModelFiles:
     if not (path / "model_index.json").is_file():
         raise ModelError(f"{spec}: no diffusers pipeline: it has no model_index.json (save one with save_pretrained)")
     parts = sorted(p for part in _PARTS for p in (path / part).rglob("*") if p.is_file() and p.suffix in _SUFFIXES)
-    return ModelFiles(spec, {p.relative_to(path).as_posix(): file_digest(p) for p in parts})
+    name = path.resolve().name if Path(spec).is_dir() else spec
+    return ModelFiles(spec, name, {p.relative_to(path).as_posix(): file_digest(p) for p in parts})
 
 
 def _folder(spec: str) -> Path:
@@ -98,16 +105,13 @@ def load_denoiser(model: ModelFiles, dtype: str) -> Denoiser:
     of another family than Stable Diffusion 1 and 2.
     """
     import torch
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = {"auto": "float16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
-    for module in (diffusers_logging, transformers_logging):
-        module.disable_progress_bar()
-        module.set_verbosity_error()
+    folder = _folder(model.spec)
     try:
-        return StableDiffusion(_folder(model.spec), device, getattr(torch, kind))
+        with _quiet():
+            return StableDiffusion(folder, device, getattr(torch, kind))
     except ModelError as e:
         raise ModelError(f"{model.spec}: {e}") from e
     except Exception as e:  # diffusers and transformers raise what they like
@@ -166,6 +170,26 @@ class StableDiffusion:
             "input_ids"
         ]
         return ids
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the two libraries from writing to the terminal: what matters comes as one error."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    modules = (diffusers_logging, transformers_logging)
+    before = [(m, m.get_verbosity(), m.is_progress_bar_enabled()) for m in modules]
+    for module in modules:
+        module.set_verbosity(logging.CRITICAL)
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module, verbosity, bar in before:
+            module.set_verbosity(verbosity)
+            if bar:
+                module.enable_progress_bar()
 
 
 def _refuse_other_families(folder: Path) -> None:

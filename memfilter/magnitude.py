@@ -170,11 +170,7 @@ def score_captions(
         digest = digest_of([base, "reference", lines.to_pylist()])
         table, _ = _table(pa.chunked_array([lines]), digest, store.scores / "reference.parquet", scorer, progress)
         reference = table["magnitude"].to_numpy()
-    info = {
-        "model": Path(model.spec).name if Path(model.spec).is_absolute() else model.spec,
-        "files": model.files,
-        **info,
-    }
+    info = {"model": model.name, "files": model.files, **info}
     return Scores(own["magnitude"].to_numpy(), own["magnitude_eps"].to_numpy(), reference, info)
 
 
@@ -251,6 +247,15 @@ def _reference(path: Path) -> pa.Array:
 # -- the threshold ----------------------------------------------------------------------------------------------------
 
 
+def check_threshold(config: Config) -> None:
+    """Raise ConfigError when the threshold cannot be had: no model to score with, or no reference captions."""
+    wanted = config.magnitude.threshold
+    if wanted is not None and config.magnitude.model is None:
+        raise ConfigError("magnitude.threshold is given and no model to score with; give --model or magnitude.model")
+    if isinstance(wanted, FalsePositiveRate):
+        _reference(Path(wanted.reference))
+
+
 def threshold(config: Config, scores: Scores | None, samples: Ints) -> float | None:
     """Return the magnitude at or above which a sample counts as memorized; None when none was asked for.
 
@@ -258,10 +263,8 @@ def threshold(config: Config, scores: Scores | None, samples: Ints) -> float | N
     rate it is the lowest value that at most that share of the reference captions reach.
     """
     wanted = config.magnitude.threshold
-    if wanted is None:
+    if wanted is None or scores is None:
         return None
-    if scores is None:
-        raise ConfigError("magnitude.threshold is given and no model to score with; give --model or magnitude.model")
     if isinstance(wanted, float):
         return wanted
     if isinstance(wanted, Quantile):

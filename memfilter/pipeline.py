@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import astuple
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from . import executors, manifest, sink
-from .config import Config
+from .config import Config, digest_of
 from .decisions import ACTIONS, MASK, Decisions, decide
 from .denoisers import ModelFiles, find_model
 from .errors import ConfigError, RunError
 from .groups import distinct_captions, find_edges, group, load_samples
-from .magnitude import score_captions, threshold
+from .magnitude import check_threshold, score_captions, threshold
 from .manifest import Manifest
 from .records import Samples, Scores, Shard
 from .signatures import DuplicateGauge, Signed, is_signed, sign, versions
@@ -38,6 +39,7 @@ def run(patterns: list[str], out: str | Path, config: Config | None = None, work
     root = config.input.root or (stored.get("root") if store.has_signatures() else None)
     shards, root = find_shards(patterns, root, config.input.allow_pipe)
     _refuse_nesting(shards, store.path)
+    check_threshold(config)
     model = find_model(config.magnitude.model) if config.magnitude.model else None
     with store.locked():
         store.write_run(
@@ -45,7 +47,7 @@ def run(patterns: list[str], out: str | Path, config: Config | None = None, work
                 "root": root,
                 "shards": [[s.name, s.url, s.size] for s in shards],
                 "config": config.model_dump(mode="json"),
-                "model": [model.spec, model.files] if model else None,
+                "model": model and astuple(model),
             }
         )
         _sign_all(shards, store, config, workers or executors.default_workers())
@@ -64,6 +66,7 @@ def rethreshold(path: str | Path, config_file: str | Path | None = None, workers
         raise RunError(f"{path}: holds no run; start one with 'memfilter run SHARDS... --out {path}'")
     before = Config.parse(stored["config"])
     config = Config.load(config_file, base=before)
+    check_threshold(config)
     shards = [Shard(*values) for values in stored["shards"]]
     model = ModelFiles(*stored["model"]) if stored["model"] else None
     if config.magnitude.model != before.magnitude.model:
@@ -75,9 +78,7 @@ def rethreshold(path: str | Path, config_file: str | Path | None = None, workers
                     f"{config_file or path}: {shard.name} has no signatures under this configuration; keys of 'input', "
                     "and images.hash, decode and encoder, need 'memfilter run'"
                 )
-        store.write_run(
-            stored | {"config": config.model_dump(mode="json"), "model": model and [model.spec, model.files]}
-        )
+        store.write_run(stored | {"config": config.model_dump(mode="json"), "model": model and astuple(model)})
         return _decide_and_write(shards, model, store, config, workers or executors.default_workers())
 
 
@@ -167,10 +168,9 @@ def _about(
         elif sum(counts) and not sum(counts[: MASK + 1]):
             entry["emptied"] = True
         shards.append(entry)
-    sections = {name: config.digest(*(f"{name}.{key}" for key in keys)) for name, keys in dump.items()}
     return {
         "config": dump,
-        "config_digests": sections,
+        "config_digests": {name: digest_of(keys) for name, keys in dump.items()},
         "versions": {"memfilter": version("memfilter"), **versions()},
         "magnitude": scores and scores.info,
         "threshold": limit,

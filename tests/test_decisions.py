@@ -1,0 +1,380 @@
+"""Decisions against a reference that decides one sample after the other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import product
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memfilter.config import Policies
+from memfilter.decisions import ACTIONS, DUPLICATION, Decisions, decide
+from memfilter.records import METHODS, Groups, Samples, Scores, Shard, signature_schema
+
+THRESHOLD = 0.5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample: its image group by name (None: bad), its caption, and the texts of its json."""
+
+    image: int | None
+    caption: str = ""
+    captions: tuple[str, ...] = ()
+
+
+@dataclass
+class Case:
+    """Samples, their groups, and of each caption the magnitude."""
+
+    rows: list[Row]
+    rank: list[int]  # of each row
+    method: list[int]  # of each row's edge to its keeper, where it is a copy
+    magnitude: dict[str, float] = field(default_factory=dict)
+    threshold: float | None = THRESHOLD
+    policy: Policies = field(default_factory=Policies)
+
+    def __post_init__(self) -> None:
+        n = len(self.rows)
+        self.order = sorted(range(n), key=lambda i: self.rank[i])
+        self.keeper = [self._first(lambda j, i=i: self.rows[j].image == self.rows[i].image, i) for i in range(n)]
+        self.caption_keeper = [
+            self._first(lambda j, i=i: group_name(self.rows[j]) == group_name(self.rows[i]), i) for i in range(n)
+        ]
+        self.texts = sorted({t for r in self.rows if r.image is not None for t in (r.caption, *r.captions)})
+
+    def _first(self, alike: object, i: int) -> int:
+        """Return the best-ranked good sample that is alike; a bad one, or one in no group, stands for itself."""
+        assert callable(alike)
+        return next((j for j in self.order if self.is_good(i) and self.is_good(j) and alike(j)), i)
+
+    def is_good(self, i: int) -> bool:
+        return self.rows[i].image is not None
+
+    def is_copy(self, i: int) -> bool:
+        return self.keeper[i] != i
+
+    def is_over(self, text: str) -> bool:
+        return self.threshold is not None and self.magnitude.get(text, 0) >= self.threshold
+
+
+def group_name(row: Row) -> object:
+    """Return what is equal for the samples of one caption group."""
+    return row.caption.casefold() or object()
+
+
+def decided(case: Case) -> Decisions:
+    n = len(case.rows)
+    good = [case.is_good(i) for i in range(n)]
+    schema = signature_schema(0)
+    columns = {name: pa.nulls(n, schema.field(name).type) for name in schema.names}
+    columns["caption"] = pa.array([r.caption if g else None for r, g in zip(case.rows, good, strict=True)])
+    columns["captions"] = pa.array(
+        [list(r.captions) or None if g else None for r, g in zip(case.rows, good, strict=True)], pa.list_(pa.string())
+    )
+    samples = Samples([Shard("a.tar", "a.tar", None)], np.array([0, n]), np.array(good, bool), pa.table(columns))
+    caption = [case.texts.index(r.caption) if g else -1 for r, g in zip(case.rows, good, strict=True)]
+    joint = list(zip(case.keeper, case.caption_keeper, strict=True))
+    groups = Groups(
+        np.array(case.rank, np.int64),
+        np.array(case.keeper, np.int64),
+        np.array([case.method[i] if case.is_copy(i) else -1 for i in range(n)], np.int8),
+        np.zeros(n, np.float32),
+        np.array(case.caption_keeper, np.int64),
+        np.array(caption, np.int64),
+        counts(case.keeper),
+        counts(case.caption_keeper),
+        counts(joint),
+    )
+    magnitudes = np.array([case.magnitude.get(t, 0) for t in case.texts], np.float32)
+    scores = Scores(magnitudes, magnitudes, None, {})
+    captions = pa.table({"text": pa.array(case.texts, pa.large_string())})
+    return decide(samples, groups, captions, scores, case.threshold, case.policy)
+
+
+def counts(names: list[object] | list[int] | list[tuple[int, int]]) -> np.ndarray:
+    number = Counter(names)
+    return np.array([number[name] for name in names], np.int64)
+
+
+def actions(found: Decisions) -> list[str]:
+    return [ACTIONS[a] for a in found.action]
+
+
+def reasons(found: Decisions) -> list[list[str]]:
+    return [
+        [c for c, flags in zip(found.codes, found.reasons, strict=True) if flags[i]] for i in range(len(found.action))
+    ]
+
+
+# -- the reference ----------------------------------------------------------------------------------------------------
+
+SEVERITY = {"record": 0, "mask": 1, "drop": 2}
+ACTION = {0: "keep", 1: "mask", 2: "drop"}
+
+
+def before_captions(case: Case, i: int) -> int:
+    """Return how hard the image and magnitude policies are on a sample."""
+    policy = case.policy
+    return max(
+        SEVERITY[policy.image_duplicate] if case.is_copy(i) else 0,
+        SEVERITY[policy.magnitude] if case.is_over(case.rows[i].caption) else 0,
+    )
+
+
+def spared(case: Case, i: int) -> int:
+    """Return the sample of i's caption group that no caption policy touches: the best of the least harmed."""
+    members = [j for j in range(len(case.rows)) if case.caption_keeper[j] == case.caption_keeper[i]]
+    return min(members, key=lambda j: (before_captions(case, j), case.rank[j]))
+
+
+def reference(case: Case) -> list[tuple[str, list[str], int]]:
+    """Return action, reasons and canonical of each sample."""
+    found = []
+    for i, row in enumerate(case.rows):
+        if not case.is_good(i):
+            found.append(("bad", [], -1))
+            continue
+        severity, why, canonical = before_captions(case, i), [], -1
+        if case.is_copy(i):
+            why.append(f"{METHODS[case.method[i]]}_duplicate")
+            canonical = case.keeper[i]
+        stays = spared(case, i)
+        if stays != i:
+            why.append("caption_duplicate")
+            severity = max(severity, SEVERITY[case.policy.caption_duplicate])
+            if canonical < 0 and case.policy.caption_duplicate != "record":
+                canonical = stays
+        if case.is_over(row.caption):
+            why.append("magnitude")
+        found.append((ACTION[severity], why, canonical))
+    return found
+
+
+def duplication(case: Case, i: int) -> str:
+    def others(alike: object) -> bool:
+        assert callable(alike)
+        return any(alike(j) for j in range(len(case.rows)) if j != i)
+
+    def same_image(j: int) -> bool:
+        return case.keeper[j] == case.keeper[i]
+
+    def same_caption(j: int) -> bool:
+        return case.caption_keeper[j] == case.caption_keeper[i]
+
+    if others(lambda j: same_image(j) and same_caption(j)):
+        return "full"
+    if others(same_image):
+        return "partial"
+    return "caption" if others(same_caption) else "none"
+
+
+def pool(case: Case, i: int, action: list[str]) -> list[str] | None:
+    """Return the pooled captions: own, own json's, then each dropped copy's by rank; null with nothing to pool."""
+    if not case.policy.pool_captions or action[i] not in ("keep", "mask"):
+        return None
+    dropped = [j for j in case.order if j != i and case.keeper[j] == i and action[j] == "drop"]
+    if not dropped and not case.rows[i].captions:
+        return None
+    found: list[str] = []
+    for j in (i, *dropped):
+        for text in (case.rows[j].caption, *case.rows[j].captions):
+            if text and text not in found and not case.is_over(text):
+                found.append(text)
+    return found
+
+
+# -- random cases -----------------------------------------------------------------------------------------------------
+
+TEXTS = ["", "cat", "Cat", "CAT", "dog", "Dog", "a bird", "zebra"]
+POLICY = st.sampled_from(["record", "mask", "drop"])
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    n = draw(st.integers(0, 12))
+    texts = draw(st.lists(st.sampled_from(TEXTS), min_size=1, max_size=5, unique=True))
+    rows = [
+        Row(
+            draw(st.sampled_from([None, 0, 1, 2, 3, 3, 4, 4])),
+            draw(st.sampled_from(texts)),
+            tuple(draw(st.lists(st.sampled_from(TEXTS), max_size=3))) if draw(st.booleans()) else (),
+        )
+        for _ in range(n)
+    ]
+    ranks = draw(st.permutations(range(n)))
+    order = sorted(range(n), key=lambda i: (rows[i].image is None, ranks[i]))
+    return Case(
+        rows,
+        [order.index(i) for i in range(n)],
+        [draw(st.integers(0, 2)) for _ in range(n)],
+        {t: draw(st.sampled_from([0.0, 0.25, THRESHOLD, 0.75, float("nan")])) for t in TEXTS},
+        draw(st.sampled_from([None, 0.0, THRESHOLD, 0.7])),
+        draw(st.builds(Policies, image_duplicate=POLICY, caption_duplicate=POLICY, magnitude=POLICY)),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases())
+def test_actions_reasons_and_canonicals_equal_the_reference(case: Case) -> None:
+    found = decided(case)
+    assert list(zip(actions(found), reasons(found), found.canonical.tolist(), strict=True)) == reference(case)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_duplication_equals_the_reference(case: Case) -> None:
+    assert [DUPLICATION[d] for d in decided(case).duplication] == [duplication(case, i) for i in range(len(case.rows))]
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases())
+def test_pooled_captions_equal_the_reference(case: Case) -> None:
+    found = decided(case)
+    assert found.pooled.to_pylist() == [pool(case, i, actions(found)) for i in range(len(case.rows))]
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases())
+def test_a_caption_group_never_loses_its_last_sample_to_the_caption_policy(case: Case) -> None:
+    action = actions(decided(case))
+    for stands in set(case.caption_keeper):
+        members = [i for i in range(len(case.rows)) if case.caption_keeper[i] == stands and case.is_good(i)]
+        for gone in ({"drop"}, {"drop", "mask"}):
+            without = [ACTION[before_captions(case, i)] for i in members]
+            if any(a not in gone for a in without):
+                assert any(action[i] not in gone for i in members)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_every_group_of_images_keeps_its_keeper_unless_its_caption_goes(case: Case) -> None:
+    found = decided(case)
+    action, why = actions(found), reasons(found)
+    for i in set(case.keeper):
+        if case.is_good(i) and action[i] != "keep":
+            assert set(why[i]) & {"caption_duplicate", "magnitude"}
+
+
+# -- one by one -------------------------------------------------------------------------------------------------------
+
+
+def case_of(*rows: Row, **more: object) -> Case:
+    return Case(list(rows), list(range(len(rows))), [1] * len(rows), **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("image", "caption", "magnitude"), list(product(SEVERITY, repeat=3)))
+def test_the_hardest_policy_decides(image: str, caption: str, magnitude: str) -> None:
+    policy = Policies(image_duplicate=image, caption_duplicate=caption, magnitude=magnitude)  # type: ignore[arg-type]
+    # the last row is a copy of the first by image, by caption, and memorized
+    case = case_of(Row(0, "fish"), Row(1, "cat"), Row(0, "CAT"), Row(None), magnitude={"CAT": 1.0}, policy=policy)
+    found = decided(case)
+    hardest = max(image, caption, magnitude, key=SEVERITY.__getitem__)
+    assert actions(found) == ["keep", "keep", {"record": "keep"}.get(hardest, hardest), "bad"]
+    assert reasons(found) == [[], [], ["hash_duplicate", "caption_duplicate", "magnitude"], []]
+
+
+def test_a_bad_sample_is_bad_for_no_reason_of_the_policies() -> None:
+    found = decided(case_of(Row(None), Row(None), Row(0, "")))
+    assert actions(found) == ["bad", "bad", "keep"]
+    assert reasons(found) == [[], [], []]
+    assert found.canonical.tolist() == [-1, -1, -1]
+    assert [DUPLICATION[d] for d in found.duplication] == ["none"] * 3
+    assert found.pooled.to_pylist() == [None] * 3
+
+
+def test_the_default_policies_drop_copies_record_captions_and_mask_the_memorized() -> None:
+    found = decided(case_of(Row(0, "a"), Row(0, "b"), Row(1, "a"), Row(2, "m"), magnitude={"m": 0.9}))
+    assert actions(found) == ["keep", "drop", "keep", "mask"]
+    assert found.canonical.tolist() == [-1, 0, -1, -1]
+
+
+@pytest.mark.parametrize(("threshold", "masked"), [(None, []), (0.0, [0, 1, 2]), (0.3, [1, 2]), (0.5, [2]), (0.51, [])])
+def test_a_caption_at_the_threshold_is_memorized(threshold: float | None, masked: list[int]) -> None:
+    magnitude = {"a": 0.0, "b": 0.3, "c": 0.5}
+    found = decided(case_of(Row(0, "a"), Row(1, "b"), Row(2, "c"), magnitude=magnitude, threshold=threshold))
+    assert [i for i, a in enumerate(actions(found)) if a == "mask"] == masked
+
+
+def test_without_scores_nothing_is_memorized() -> None:
+    case = case_of(Row(0, "a"))
+    samples = Samples([], np.array([0]), np.ones(1, bool), pa.table({"captions": pa.nulls(1, pa.list_(pa.string()))}))
+    one, none = np.ones(1, np.int64), np.zeros(1, np.int64)
+    groups = Groups(none, none, np.full(1, -1, np.int8), np.zeros(1, np.float32), none, none, one, one, one)
+    captions = pa.table({"text": pa.array(case.texts, pa.large_string())})
+    found = decide(samples, groups, captions, None, 0.0, Policies())
+    assert (actions(found), reasons(found)) == (["keep"], [[]])
+
+
+def test_the_sample_that_a_caption_group_keeps_is_one_that_the_image_policy_leaves() -> None:
+    policy = Policies(caption_duplicate="drop")
+    # the best-ranked "cat" is a copy of the fish
+    found = decided(case_of(Row(0, "fish"), Row(0, "cat"), Row(1, "cat"), Row(2, "cat"), policy=policy))
+    assert actions(found) == ["keep", "drop", "keep", "drop"]
+    assert found.canonical.tolist() == [-1, 0, -1, 2]
+
+
+def test_the_sample_that_a_caption_group_keeps_is_one_that_no_other_policy_masks() -> None:
+    policy = Policies(caption_duplicate="drop")
+    found = decided(case_of(Row(0, "Cat"), Row(1, "cat"), policy=policy, magnitude={"Cat": 1.0}))
+    assert actions(found) == ["drop", "keep"]
+
+
+def test_a_masked_sample_outlives_a_dropped_one_as_the_last_of_its_caption_group() -> None:
+    policy = Policies(caption_duplicate="drop")
+    # of the cats one is a copy of the fish and one is memorized
+    case = case_of(Row(0, "fish"), Row(0, "cat"), Row(1, "Cat"), policy=policy, magnitude={"Cat": 1.0})
+    assert actions(decided(case)) == ["keep", "drop", "mask"]
+
+
+# -- pooled captions --------------------------------------------------------------------------------------------------
+
+
+def pooled(*rows: Row, **more: object) -> list[list[str] | None]:
+    found: list[list[str] | None] = decided(case_of(*rows, **more)).pooled.to_pylist()
+    return found
+
+
+def test_pooled_captions_stand_in_the_order_own_then_json_then_copies_by_rank() -> None:
+    rows = [Row(0, "own", ("z", "a")), Row(0, "second", ("more",)), Row(0, "first")]
+    case = Case(rows, [0, 2, 1], [1, 1, 1])
+    assert decided(case).pooled.to_pylist() == [["own", "z", "a", "first", "second", "more"], None, None]
+
+
+def test_a_pooled_caption_stands_once() -> None:
+    rows = [Row(0, "own", ("own", "x", "x")), Row(0, "x"), Row(0, "own")]
+    assert pooled(*rows)[0] == ["own", "x"]
+
+
+def test_no_memorized_and_no_empty_caption_is_pooled() -> None:
+    rows = [Row(0, "m", ("", "b")), Row(0, "", ("m", "c")), Row(0, "n")]
+    assert pooled(*rows, magnitude={"m": 0.5, "n": 0.9}) == [["b", "c"], None, None]
+
+
+def test_the_memorized_caption_of_a_masked_keeper_leaves_the_safe_ones_of_its_copies() -> None:
+    found = decided(case_of(Row(0, "m"), Row(0, "safe"), magnitude={"m": 1.0}))
+    assert actions(found) == ["mask", "drop"]
+    assert found.pooled.to_pylist() == [["safe"], None]
+
+
+@pytest.mark.parametrize("policy", ["record", "mask"])
+def test_a_copy_that_is_not_dropped_keeps_its_captions_to_itself(policy: str) -> None:
+    rows = [Row(0, "a"), Row(0, "b", ("c",))]
+    assert pooled(*rows, policy=Policies(image_duplicate=policy)) == [None, ["b", "c"]]  # type: ignore[arg-type]
+
+
+def test_a_caption_duplicate_that_is_dropped_gives_no_caption_to_an_unlike_image() -> None:
+    rows = [Row(0, "cat"), Row(1, "Cat", ("other",))]
+    assert pooled(*rows, policy=Policies(caption_duplicate="drop")) == [None, None]
+
+
+def test_nothing_is_pooled_where_the_policy_says_so_or_there_is_nothing() -> None:
+    rows = [Row(0, "a", ("b",)), Row(0, "c")]
+    assert pooled(*rows, policy=Policies(pool_captions=False)) == [None, None]
+    assert pooled(Row(0, "a"), Row(1, "b")) == [None, None]
+    assert pooled() == []

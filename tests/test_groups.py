@@ -1,0 +1,523 @@
+"""Groups against a reference that follows the rule word by word."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import cos, radians, sin
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memfilter.captions import fingerprint
+from memfilter.config import Config
+from memfilter.errors import InputError
+from memfilter.groups import caption_rows, distinct_captions, find_edges, group, load_samples
+from memfilter.records import METHODS, Groups, Samples, Shard, signature_schema
+from memfilter.store import Store, write_table
+
+DIM = 2
+SIMILARITY = 0.95  # the built-in encoder's own: 18.2 degrees
+
+
+@dataclass(frozen=True)
+class Image:
+    """What the signatures hold of one image file; equal images have equal bytes."""
+
+    name: int
+    hash: int = 0
+    angle: float = 0  # of its embedding, in degrees
+    blank: bool = False
+    width: int = 100
+    height: int = 100
+    bytes: int = 1000
+
+    @property
+    def digest(self) -> bytes:
+        return b"image" + self.name.to_bytes(11, "little")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample; without an image it is a bad one."""
+
+    uid: bytes
+    image: Image | None
+    caption: str = ""
+    captions: tuple[str, ...] = ()
+
+    def columns(self, index: int) -> dict[str, object]:
+        found: dict[str, object] = {"uid": self.uid, "index": index, "key": f"{index:05}"}
+        if self.image is None:
+            return found | {"bad": "no_image", "detail": "the sample has no image member"}
+        image = self.image
+        return found | {
+            "digest": image.digest,
+            "hash": image.hash,
+            "width": image.width,
+            "height": image.height,
+            "bytes": image.bytes,
+            "blank": image.blank,
+            "thumbnail": bytes(1024),
+            "caption": self.caption,
+            "fingerprint": fingerprint(self.caption),
+            "captions": list(self.captions) or None,
+            "embedding": np.array([cos(radians(image.angle)), sin(radians(image.angle))], np.float16),
+        }
+
+
+def uid(number: int) -> bytes:
+    return number.to_bytes(16, "little")
+
+
+def rows_of(*images: Image | None, captions: Sequence[str] = ()) -> list[Row]:
+    texts = [*captions, *[""] * (len(images) - len(captions))]
+    return [Row(uid(i), image, text) for i, (image, text) in enumerate(zip(images, texts, strict=True))]
+
+
+def write_parts(shards: Sequence[Sequence[Row]], store: Store) -> list[Shard]:
+    schema = signature_schema(DIM)
+    named = []
+    for number, rows in enumerate(shards):
+        columns = [row.columns(i) for i, row in enumerate(rows)]
+        table = pa.table({f.name: pa.array([c.get(f.name) for c in columns], f.type) for f in schema}, schema=schema)
+        shard = Shard(f"{number:05}.tar", f"/data/{number:05}.tar", None)
+        write_table(store.signatures(shard.name), table, f"part {number}")
+        named.append(shard)
+    return named
+
+
+def grouped(shards: Sequence[Sequence[Row]], config: Config | None = None) -> Groups:
+    """Return the groups of these shards, from parts on the disk through all steps."""
+    config = config or Config()
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        samples = load_samples(write_parts(shards, store), store)
+        captions, caption = distinct_captions(samples, store)
+        return group(samples, find_edges(samples, store, config), captions, caption, config)
+
+
+def together(shards: Sequence[Sequence[Row]]) -> list[Row]:
+    return [row for rows in shards for row in rows]
+
+
+def image_config(**images: object) -> Config:
+    return Config.parse({"images": images})
+
+
+# -- the reference ----------------------------------------------------------------------------------------------------
+
+
+def visit_order(rows: Sequence[Row], config: Config) -> list[int]:
+    def key(i: int) -> tuple[object, ...]:
+        row = rows[i]
+        if row.image is None:
+            return (1, row.uid)
+        own: dict[str, object] = {
+            "resolution": -row.image.width * row.image.height,
+            "bytes": -row.image.bytes,
+            "caption_length": -len(row.caption),
+            "uid": row.uid,
+        }
+        return (0, *(own[k] for k in config.images.keep), row.uid)
+
+    good = sorted((i for i in range(len(rows)) if rows[i].image), key=key)
+    bad = sorted((i for i in range(len(rows)) if not rows[i].image), key=lambda i: rows[i].uid)
+    # a bad sample has none of the other keys, so its place among the bad is the uid's
+    return good + bad
+
+
+def edge(one: Image, other: Image, config: Config) -> tuple[str, float] | None:
+    """Return method and distance of the strongest verified edge between two images."""
+    if one.digest == other.digest:
+        return "exact", 0
+    if one.blank or other.blank:
+        return None
+    bits = (one.hash ^ other.hash).bit_count()
+    if bits <= config.images.hash_radius:
+        return "hash", bits
+    cosine = cos(radians(one.angle - other.angle))
+    if config.images.encoder and cosine >= (config.images.encoder_similarity or SIMILARITY):
+        return "embedding", 1 - cosine
+    return None
+
+
+def image_groups(rows: Sequence[Row], config: Config) -> dict[int, tuple[int, str, float]]:
+    """Return of each sample its keeper, and method and distance of the edge to it."""
+    found: dict[int, tuple[int, str, float]] = {}
+    keepers: list[int] = []
+    for i in visit_order(rows, config):
+        image = rows[i].image
+        for keeper in keepers if image else []:
+            kept = rows[keeper].image
+            assert image is not None
+            assert kept is not None
+            if (verified := edge(image, kept, config)) is not None:
+                found[i] = (keeper, *verified)
+                break
+        else:
+            found[i] = (i, "", 0)
+            keepers.append(i)
+    return found
+
+
+def caption_groups(rows: Sequence[Row], config: Config) -> list[int]:
+    order = visit_order(rows, config)
+    use = Counter(row.caption for row in rows if row.image)
+    found = list(range(len(rows)))
+    members: dict[bytes, list[int]] = {}
+    for i in order:
+        if rows[i].image and (print_ := fingerprint(rows[i].caption)) is not None:
+            members.setdefault(print_, []).append(i)
+    for group_ in members.values():
+        keeper = min({rows[i].caption for i in group_}, key=lambda text: (-use[text], text))
+        best = next(i for i in group_ if rows[i].caption == keeper)
+        for i in group_:
+            found[i] = best
+    return found
+
+
+def assert_equals_reference(found: Groups, rows: Sequence[Row], config: Config) -> None:
+    expected, by_caption = image_groups(rows, config), caption_groups(rows, config)
+    n = len(rows)
+    assert np.argsort(found.rank).tolist() == visit_order(rows, config)
+    assert found.image_group.tolist() == [expected[i][0] for i in range(n)]
+    assert ["" if m < 0 else METHODS[m] for m in found.method] == [expected[i][1] for i in range(n)]
+    # embeddings are stored in half precision
+    np.testing.assert_allclose(found.distance, [expected[i][2] for i in range(n)], atol=2e-3)
+    assert found.caption_group.tolist() == by_caption
+    keys = [(expected[i][0], by_caption[i]) for i in range(n)]
+    images, texts, joint = Counter(k[0] for k in keys), Counter(k[1] for k in keys), Counter(keys)
+    assert found.image_count.tolist() == [images[k[0]] for k in keys]
+    assert found.caption_count.tolist() == [texts[k[1]] for k in keys]
+    assert found.joint_count.tolist() == [joint[k] for k in keys]
+
+
+# -- random tables ----------------------------------------------------------------------------------------------------
+
+CAPTIONS = ["", " ", "A cat", "a cat!", "a  CAT", "dog", "Dog.", "two dogs", "!!!"]
+
+
+@st.composite
+def hashes(draw: st.DrawFn) -> int:
+    """Draw a hash a few bits from one of two centres: chains and near misses of the radius are common."""
+    centre = draw(st.sampled_from([0, 0xF0F0_F0F0_F0F0_F0F0]))
+    return centre ^ sum(1 << bit for bit in draw(st.sets(st.sampled_from([0, 1, 17, 18, 40, 62, 63]), max_size=5)))
+
+
+@st.composite
+def images(draw: st.DrawFn) -> list[Image]:
+    # multiples of 7 degrees are more than one degree from all the thresholds used here
+    return [
+        Image(
+            name,
+            draw(hashes()),
+            7 * draw(st.integers(0, 25)),
+            draw(st.sampled_from([False, False, False, True])),
+            draw(st.sampled_from([64, 100])),
+            draw(st.sampled_from([64, 100])),
+            draw(st.sampled_from([1000, 2000])),
+        )
+        for name in range(draw(st.integers(1, 10)))
+    ]
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> list[list[Row]]:
+    """Draw the samples of up to three shards."""
+    pool = [*draw(images()), None]
+    uids = draw(st.lists(st.integers(0, 2**128 - 1) | st.integers(0, 40), max_size=24, unique=True))
+    rows = [Row(uid(u), draw(st.sampled_from(pool)), draw(st.sampled_from(CAPTIONS))) for u in uids]
+    cuts = sorted(draw(st.tuples(st.integers(0, len(rows)), st.integers(0, len(rows)))))
+    return [rows[: cuts[0]], rows[cuts[0] : cuts[1]], rows[cuts[1] :]]
+
+
+CONFIGS = st.builds(
+    image_config,
+    hash_radius=st.integers(0, 6),
+    encoder=st.sampled_from(["builtin", "builtin", None]),
+    encoder_similarity=st.sampled_from([None, 0.9, 0.95, 0.99, 0.8]),
+    keep=st.lists(st.sampled_from(["resolution", "bytes", "caption_length", "uid"]), min_size=1, unique=True),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(shards=tables(), config=CONFIGS)
+def test_groups_equal_the_reference(shards: list[list[Row]], config: Config) -> None:
+    assert_equals_reference(grouped(shards, config), together(shards), config)
+
+
+@settings(max_examples=20, deadline=None)
+@given(shards=tables(), config=CONFIGS, random=st.randoms(use_true_random=False))
+def test_another_order_of_shards_and_samples_gives_the_same_groups(
+    shards: list[list[Row]], config: Config, random: object
+) -> None:
+    permuted = [list(rows) for rows in shards]
+    random.shuffle(permuted)  # type: ignore[attr-defined]
+    for rows in permuted:
+        random.shuffle(rows)  # type: ignore[attr-defined]
+
+    def named(shards: list[list[Row]]) -> dict[bytes, tuple[object, ...]]:
+        found, rows = grouped(shards, config), together(shards)
+        return {
+            row.uid: (
+                rows[found.image_group[i]].uid,
+                rows[found.caption_group[i]].uid,
+                int(found.method[i]),
+                float(found.distance[i]),
+                int(found.image_count[i]),
+                int(found.caption_count[i]),
+                int(found.joint_count[i]),
+                int(found.rank[i]),
+            )
+            for i, row in enumerate(rows)
+        }
+
+    assert named(shards) == named(permuted)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    shards=tables(),
+    first=CONFIGS.filter(lambda c: c.images.encoder is not None),
+    then=CONFIGS.filter(lambda c: c.images.encoder is not None),
+)
+def test_grouping_again_with_the_stored_edges_equals_a_fresh_run(
+    shards: list[list[Row]], first: Config, then: Config
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        samples = load_samples(write_parts(shards, store), store)
+        captions, caption = distinct_captions(samples, store)
+        find_edges(samples, store, first)
+        again = group(samples, find_edges(samples, store, then), captions, caption, then)
+    fresh = grouped(shards, then)
+    for name in ("rank", "image_group", "method", "distance", "caption_group", "joint_count"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(fresh, name))
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+FAR = 0xFFFF_FFFF_0000_0000  # 32 bits from 0
+
+
+def test_a_chain_of_hashes_does_not_join_what_is_unlike() -> None:
+    a, b, c = Image(0, 0b0000, 0, bytes=30), Image(1, 0b1111, 60, bytes=20), Image(2, 0b1111_1111, 120, bytes=10)
+    found = grouped([rows_of(a, b, c)])
+    assert found.image_group.tolist() == [0, 0, 2]
+    assert found.image_count.tolist() == [2, 2, 1]
+
+
+def test_the_middle_of_a_chain_holds_both_ends_when_it_is_the_keeper() -> None:
+    a, b, c = Image(0, 0b0000, 0, bytes=20), Image(1, 0b1111, 60, bytes=30), Image(2, 0b1111_1111, 120, bytes=10)
+    found = grouped([rows_of(a, b, c)])
+    assert found.image_group.tolist() == [1, 1, 1]
+    assert found.distance.tolist() == [4, 0, 4]
+
+
+def test_a_chain_of_embeddings_does_not_join_what_is_unlike() -> None:
+    hashes = [0, FAR, FAR << 16 & (2**64 - 1), ~FAR & (2**64 - 1)]
+    chain = [Image(i, hashes[i], 14 * i, bytes=100 - i) for i in range(4)]
+    found = grouped([rows_of(*chain)])
+    assert found.image_group.tolist() == [0, 0, 2, 2]
+    assert [METHODS[m] for m in found.method[[1, 3]]] == ["embedding", "embedding"]
+    np.testing.assert_allclose(found.distance[[1, 3]], 1 - cos(radians(14)), atol=1e-3)
+
+
+def test_a_sample_near_two_keepers_joins_the_better_ranked_whatever_the_method() -> None:
+    best, second = Image(0, 0, 0, bytes=30), Image(1, FAR, 28, bytes=20)
+    near_both = Image(2, FAR ^ 1, 14, bytes=10)
+    found = grouped([rows_of(near_both, second, best)])
+    assert found.image_group.tolist() == [2, 1, 2]
+    assert METHODS[found.method[0]] == "embedding"
+
+
+def test_an_exact_copy_is_said_to_be_exact_though_its_hash_is_equal_too() -> None:
+    image = Image(0, 5, 0)
+    found = grouped([rows_of(image, image, replace(image, name=1, bytes=999))])
+    assert found.image_group.tolist() == [0, 0, 0]
+    assert found.method.tolist() == [-1, METHODS.index("exact"), METHODS.index("hash")]
+    assert found.distance.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("bits", "together"), [(4, True), (5, False)])
+def test_the_radius_is_the_largest_distance_of_a_duplicate(bits: int, together: bool) -> None:
+    found = grouped([rows_of(Image(0, 0, 0), Image(1, 2**bits - 1, 90))], image_config(hash_radius=4))
+    assert (found.image_group[0] == found.image_group[1]) == together
+
+
+@pytest.mark.parametrize("radius", [7, 10, 16])
+def test_a_radius_beyond_the_stored_one_joins_anew(radius: int) -> None:
+    config = image_config(hash_radius=radius)
+    images = [Image(0, 0, 0, bytes=9), Image(1, 2**radius - 1, 90, bytes=8), Image(2, 2 ** (radius + 1) - 1, 180)]
+    found = grouped([rows_of(*[replace(i, bytes=1000 - i.name) for i in images])], config)
+    assert found.image_group.tolist() == [0, 0, 2]
+
+
+def test_without_an_encoder_only_hashes_and_digests_join() -> None:
+    images = [Image(0, 0, 10), Image(1, FAR, 10)]
+    assert grouped([rows_of(*images)]).image_group.tolist() == [0, 0]
+    assert grouped([rows_of(*images)], image_config(encoder=None)).image_group.tolist() == [0, 1]
+
+
+def test_blank_images_are_grouped_by_exact_digest_alone() -> None:
+    blank = Image(0, 0, 0, blank=True)
+    found = grouped([rows_of(blank, replace(blank, name=1), blank, Image(2, 0, 0), replace(blank, name=1))])
+    assert found.image_group.tolist() == [0, 1, 0, 3, 1]
+    assert found.image_count.tolist() == [2, 2, 2, 1, 2]
+    assert found.method.tolist() == [-1, -1, 0, -1, 0]
+
+
+def test_blank_images_alone_are_grouped() -> None:
+    blank = Image(0, 0, 0, blank=True)
+    assert grouped([rows_of(blank, blank)]).image_group.tolist() == [0, 0]
+
+
+def test_a_bad_sample_is_its_own_group_ranked_last_and_counted_once() -> None:
+    image = Image(0)
+    found = grouped([rows_of(None, image, None, image, captions=["a cat", "a cat", "a cat", "a cat"])])
+    assert found.image_group.tolist() == [0, 1, 2, 1]
+    assert found.caption_group.tolist() == [0, 1, 2, 1]
+    assert found.image_count.tolist() == found.caption_count.tolist() == found.joint_count.tolist() == [1, 2, 1, 2]
+    assert found.rank.tolist() == [2, 0, 3, 1]
+    assert found.caption.tolist() == [-1, 0, -1, 0]
+
+
+@pytest.mark.parametrize("shards", [[[]], [[], []], [rows_of(None, None)], [[], rows_of(None)]])
+def test_tables_without_a_good_sample_have_groups_of_one(shards: list[list[Row]]) -> None:
+    n = sum(map(len, shards))
+    found = grouped(shards)
+    assert found.image_group.tolist() == found.caption_group.tolist() == list(range(n))
+    assert found.image_count.tolist() == [1] * n
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        (["resolution", "uid"], 1),
+        (["bytes", "uid"], 2),
+        (["caption_length", "uid"], 3),
+        (["uid"], 0),
+        (["resolution"], 1),
+    ],
+)
+def test_the_keeper_is_the_first_in_the_order_that_the_config_names(keep: list[str], kept: int) -> None:
+    images = [Image(0), Image(1, width=200), Image(2, bytes=5000), Image(3), Image(4, width=200)]
+    rows = rows_of(*images, captions=["a", "a", "a", "ünïcödé 🐈", "a"])
+    assert grouped([rows], image_config(keep=keep)).image_group.tolist() == [kept] * 5
+
+
+# -- captions ---------------------------------------------------------------------------------------------------------
+
+
+def unlike_images(n: int) -> list[Image]:
+    """Return blank images, which are alike to none."""
+    return [Image(i, blank=True, bytes=1000 - i) for i in range(n)]
+
+
+def test_the_keeper_of_a_caption_group_is_the_most_used_caption_then_the_first_by_text() -> None:
+    most = grouped([rows_of(*unlike_images(4), captions=["a cat", "A CAT", "A Cat!", "A CAT"])])
+    assert most.caption_group.tolist() == [1, 1, 1, 1]
+    tie = grouped([rows_of(*unlike_images(3), captions=["a cat", "A cat", "A CAT"])])
+    assert tie.caption_group.tolist() == [2, 2, 2]
+
+
+def test_a_caption_group_is_represented_by_the_best_ranked_sample_of_its_keeper_caption() -> None:
+    images = [replace(image, bytes=100 + i) for i, image in enumerate(unlike_images(4))]
+    found = grouped([rows_of(*images, captions=["a cat", "a cat", "A CAT", "a cat"])])
+    assert found.caption_group.tolist() == [3, 3, 3, 3]
+    assert found.caption_count.tolist() == [4, 4, 4, 4]
+
+
+def test_samples_without_a_caption_are_alone() -> None:
+    found = grouped([rows_of(*unlike_images(4), captions=["", "", " \n", "!"])])
+    assert found.caption_group.tolist() == [0, 1, 2, 3]
+    assert found.caption_count.tolist() == [1, 1, 1, 1]
+
+
+def test_the_joint_count_is_that_of_samples_with_both_image_and_caption() -> None:
+    one, other = unlike_images(2)
+    found = grouped([rows_of(one, one, one, other, other, captions=["a", "a", "b", "a", "a"])])
+    assert found.image_count.tolist() == [3, 3, 3, 2, 2]
+    assert found.caption_count.tolist() == [4, 4, 1, 4, 4]
+    assert found.joint_count.tolist() == [2, 2, 1, 2, 2]
+
+
+def test_the_distinct_captions_are_all_texts_sorted_and_found_again(tmp_path: Path) -> None:
+    blank = unlike_images(3)
+    rows = [
+        Row(uid(0), blank[0], "b", ("z", "ä", "b")),
+        Row(uid(1), None),
+        Row(uid(2), blank[1], ""),
+        Row(uid(3), blank[2], "b"),
+    ]
+    store = Store(tmp_path)
+    samples = load_samples(write_parts([rows[:2], rows[2:]], store), store)
+    captions, caption = distinct_captions(samples, store)
+    assert captions["text"].to_pylist() == ["", "b", "z", "ä"]
+    assert caption.tolist() == [1, -1, 0, 1]
+    assert caption_rows(captions, pa.array(["z", None, "nowhere"])).tolist() == [2, -1, -1]
+
+
+# -- many copies ------------------------------------------------------------------------------------------------------
+
+COPIES = 5000
+
+
+def timed(rows: list[Row], config: Config) -> tuple[Groups, float]:
+    """Return the groups and the seconds that grouping took, without writing the parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        shards = write_parts([rows], store)
+        start = time.perf_counter()
+        samples: Samples = load_samples(shards, store)
+        captions, caption = distinct_captions(samples, store)
+        found = group(samples, find_edges(samples, store, config), captions, caption, config)
+        return found, time.perf_counter() - start
+
+
+def test_a_group_of_5_000_exact_copies_is_whole_and_quick() -> None:
+    found, seconds = timed(rows_of(*[Image(0)] * COPIES, Image(1, FAR, 90), captions=["a cat"] * COPIES), Config())
+    assert (found.image_group[:COPIES] == 0).all()
+    assert found.image_count.tolist() == [COPIES] * COPIES + [1]
+    assert found.caption_count.tolist() == found.joint_count.tolist() == [COPIES] * COPIES + [1]
+    assert seconds < 3
+
+
+def test_a_group_of_5_000_encodings_of_65_near_hashes_is_whole_and_quick() -> None:
+    flips = [0, *(1 << bit for bit in range(64))]
+    images = [Image(i, flips[i % 65], bytes=9000 - i) for i in range(COPIES)]
+    found, seconds = timed(rows_of(*images), image_config(encoder=None))
+    assert (found.image_group == 0).all()
+    assert (found.image_count == COPIES).all()
+    assert [METHODS[m] for m in np.unique(found.method[1:])] == ["hash"]
+    assert found.distance[:66].tolist() == [0] + [1] * 64 + [0]
+    assert seconds < 3
+
+
+def test_a_group_of_1_500_encodings_of_near_embeddings_is_whole() -> None:
+    # each has an edge to each: a million edges
+    images = [Image(i, i * 0x9E37_79B9_7F4A_7C15 % 2**64, 0, bytes=9000 - i) for i in range(1500)]
+    found, seconds = timed(rows_of(*images), image_config(hash_radius=0))
+    assert (found.image_group == 0).all()
+    assert (found.image_count == 1500).all()
+    assert (found.method[1:] == METHODS.index("embedding")).all()
+    assert seconds < 15
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_uid_that_two_samples_give_is_refused_with_the_shard(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    rows = rows_of(*unlike_images(3))
+    shards = write_parts([rows[:2], [rows[2], replace(rows[2], image=Image(9))]], store)
+    with pytest.raises(InputError, match=r"^00001.tar: sample 0 has uid 02000000000000000000000000000000, which 2 "):
+        load_samples(shards, store)

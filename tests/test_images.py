@@ -1,0 +1,479 @@
+"""Decoding against imagededup's own, upright pictures, damaged bytes and bombs."""
+
+from __future__ import annotations
+
+import io
+import resource
+import struct
+import tarfile
+import time
+import zlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import imagededup.methods
+import numpy as np
+import numpy.typing as npt
+import pytest
+from conftest import encoded, picture
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from memfilter.images import GREY_SIDE, BadImage, Decoded, decode, is_blank, thumbnail
+from memfilter.records import BAD_CODES, THUMBNAIL_SIDE
+from memfilter.signatures import hasher
+
+MAX_PIXELS = 178_956_970
+METHODS = {"phash": "PHash", "dhash": "DHash", "ahash": "AHash", "whash": "WHash"}
+BOTH = pytest.mark.parametrize("full", [False, True], ids=["fast", "full"])
+
+
+def opened(data: bytes, full: bool) -> Decoded:
+    return decode(data, full, MAX_PIXELS)
+
+
+def small(data: bytes, full: bool) -> npt.NDArray[np.int64]:
+    return thumbnail(opened(data, full).pixels).astype(np.int64)
+
+
+def fault(data: bytes, full: bool, max_pixels: int = MAX_PIXELS) -> BadImage:
+    with pytest.raises(BadImage) as caught:
+        decode(data, full, max_pixels)
+    assert caught.value.code in BAD_CODES
+    return caught.value
+
+
+@cache
+def photos(shard: Path) -> list[bytes]:
+    with tarfile.open(shard) as tar:
+        return [tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")]  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="session")
+def real(shared_data: Path) -> list[bytes]:
+    return photos(shared_data / "photos" / "00000.tar")
+
+
+# -- the pixels that imagededup hashes --------------------------------------------------------------------------------
+
+TRANSPARENT = {"RGBA", "LA"}
+
+
+def form(image: Image.Image, mode: str) -> Image.Image:
+    """Return the image in a mode; where that has an alpha channel, with a transparent half."""
+    image = image.convert(mode)
+    if mode in TRANSPARENT:
+        alpha = Image.new("L", image.size, 255)
+        alpha.paste(0, (0, 0, image.width // 2, image.height))
+        image.putalpha(alpha)
+    return image
+
+
+FORMS: dict[str, Callable[[Image.Image], bytes]] = {
+    "jpeg-rgb": lambda i: encoded(form(i, "RGB")),
+    "jpeg-grey": lambda i: encoded(form(i, "L")),
+    "jpeg-cmyk": lambda i: encoded(form(i, "CMYK")),
+    "jpeg-progressive": lambda i: encoded(i, progressive=True),
+    "jpeg-444": lambda i: encoded(i, subsampling=0),
+    "png-rgb": lambda i: encoded(form(i, "RGB"), "PNG"),
+    "png-grey": lambda i: encoded(form(i, "L"), "PNG"),
+    "png-1-bit": lambda i: encoded(form(i, "1"), "PNG"),
+    "png-palette": lambda i: encoded(form(i, "P"), "PNG"),
+    "png-palette-with-a-transparent-colour": lambda i: encoded(i.quantize(16), "PNG", transparency=3),
+    "png-rgba": lambda i: encoded(form(i, "RGBA"), "PNG"),
+    "png-grey-alpha": lambda i: encoded(form(i, "LA"), "PNG"),
+    "png-16-bit": lambda i: encoded(sixteen_bit(i), "PNG"),
+    "webp": lambda i: encoded(form(i, "RGB"), "WEBP"),
+    "webp-rgba": lambda i: encoded(form(i, "RGBA"), "WEBP", lossless=True),
+    "gif": lambda i: encoded(form(i, "P"), "GIF"),
+    "gif-animated": lambda i: encoded(i, "GIF", save_all=True, append_images=[picture(77), picture(78)]),
+    "bmp": lambda i: encoded(form(i, "RGB"), "BMP"),
+    "ppm": lambda i: encoded(form(i, "RGB"), "PPM"),
+    "tiff": lambda i: encoded(form(i, "RGB"), "TIFF"),
+    "tiff-cmyk": lambda i: encoded(form(i, "CMYK"), "TIFF"),
+    "mpo": lambda i: encoded(i, "MPO", save_all=True, append_images=[picture(77)]),
+}
+
+
+def sixteen_bit(image: Image.Image) -> Image.Image:
+    return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+
+
+def own_hash(method: str, data: bytes, folder: Path) -> str:
+    """Return the hash that imagededup makes of the file itself."""
+    path = folder / "image"
+    path.write_bytes(data)
+    found = getattr(imagededup.methods, METHODS[method])(verbose=False).encode_image(image_file=str(path))
+    assert found is not None
+    return str(found)
+
+
+def our_hash(method: str, data: bytes) -> str:
+    return hasher(method).encode_image(image_array=opened(data, full=True).pixels)
+
+
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_full_decode_has_imagededups_own_hash_bits(method: str, kind: str, tmp_path: Path) -> None:
+    for seed in range(2):
+        data = FORMS[kind](picture(seed, 131 + 60 * seed, 97))
+        assert our_hash(method, data) == own_hash(method, data, tmp_path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_full_decode_of_a_photo_has_imagededups_own_hash_bits(method: str, real: list[bytes], tmp_path: Path) -> None:
+    for data in real[::4]:
+        assert our_hash(method, data) == own_hash(method, data, tmp_path)
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_a_full_decode_of_a_photo_in_any_form_has_imagededups_own_hash_bits(
+    kind: str, real: list[bytes], tmp_path: Path
+) -> None:
+    photo = Image.open(io.BytesIO(real[0])).convert("RGB")
+    data = FORMS[kind](photo.resize((photo.width // 2, photo.height // 2)))
+    for method in METHODS:
+        assert our_hash(method, data) == own_hash(method, data, tmp_path)
+
+
+# imagededup clips 16-bit pixels, and so does the full decode
+@pytest.mark.parametrize("kind", [kind for kind in FORMS if kind != "png-16-bit"])
+def test_both_decodes_report_the_size_of_the_file_and_show_the_same_picture(kind: str) -> None:
+    data = FORMS[kind](picture(3, 500, 301))
+    fast, full = opened(data, full=False), opened(data, full=True)
+    assert (fast.width, fast.height) == (full.width, full.height) == (500, 301)
+    assert full.pixels.shape == (301, 500, 3)
+    assert fast.pixels.ndim == 2
+    assert min(fast.pixels.shape) >= GREY_SIDE
+    assert fast.pixels.dtype == full.pixels.dtype == np.uint8
+    assert np.abs(small(data, full=False) - small(data, full=True)).mean() < 2
+
+
+@pytest.mark.parametrize("kind", ["jpeg-rgb", "jpeg-grey", "jpeg-cmyk", "jpeg-progressive", "mpo"])
+def test_a_fast_decode_of_a_large_jpeg_stops_at_the_size_that_its_comparison_needs(kind: str) -> None:
+    pixels = opened(FORMS[kind](picture(4, 1600, 1200)), full=False).pixels
+    assert GREY_SIDE <= min(pixels.shape) <= 3 * GREY_SIDE
+
+
+def test_a_fast_decode_moves_the_perceptual_hash_of_a_photo_by_four_bits_at_most(real: list[bytes]) -> None:
+    phash = hasher("phash")
+
+    def bits(data: bytes) -> int:
+        fast = thumbnail(opened(data, full=False).pixels)
+        full = opened(data, full=True).pixels
+        return (
+            int(phash.encode_image(image_array=fast), 16) ^ int(phash.encode_image(image_array=full), 16)
+        ).bit_count()
+
+    moved = [bits(data) for data in real]
+    assert len(moved) == 100
+    assert sum(m <= 4 for m in moved) >= 99
+
+
+def test_a_fast_decode_of_a_16_bit_png_shows_the_picture_of_its_8_bit_form() -> None:
+    grey = picture(5).convert("L")
+    eight, sixteen = encoded(grey, "PNG"), encoded(sixteen_bit(grey), "PNG")
+    assert np.abs(small(sixteen, full=False) - small(eight, full=False)).max() <= 1
+
+
+@BOTH
+def test_an_animated_gif_shows_its_first_frame(full: bool) -> None:
+    first, later = picture(6).quantize(64), [picture(seed).quantize(64) for seed in (7, 8)]
+    animated = encoded(first, "GIF", save_all=True, append_images=later, duration=40)
+    np.testing.assert_array_equal(small(animated, full), small(encoded(first, "GIF"), full))
+
+
+# -- upright ----------------------------------------------------------------------------------------------------------
+
+T = Image.Transpose
+# of each EXIF orientation, what turns the upright picture into the stored one
+STORED = {
+    1: None,
+    2: T.FLIP_LEFT_RIGHT,
+    3: T.ROTATE_180,
+    4: T.FLIP_TOP_BOTTOM,
+    5: T.TRANSPOSE,
+    6: T.ROTATE_90,
+    7: T.TRANSVERSE,
+    8: T.ROTATE_270,
+}
+LOSSLESS: dict[str, dict[str, object]] = {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}}
+
+
+def stored(upright: Image.Image, orientation: int, format: str, **options: object) -> bytes:
+    turn = STORED[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(upright if turn is None else upright.transpose(turn), format, exif=exif, **options)
+
+
+@BOTH
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("format", LOSSLESS)
+def test_a_turned_picture_is_the_upright_one(format: str, orientation: int, full: bool) -> None:
+    upright = picture(9, 144, 96)
+    data = stored(upright, orientation, format, **LOSSLESS[format])
+    decoded = opened(data, full)
+    assert (decoded.width, decoded.height) == (144, 96)
+    np.testing.assert_array_equal(small(data, full), small(encoded(upright, "PNG"), full))
+
+
+@BOTH
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_turned_jpeg_is_the_upright_one(orientation: int, full: bool) -> None:
+    upright = picture(9, 640, 480)
+    data = stored(upright, orientation, "JPEG")
+    decoded = opened(data, full)
+    assert (decoded.width, decoded.height) == (640, 480)
+    # another block order compresses a little differently; a wrong turn differs by tens of grey levels
+    assert np.abs(small(data, full) - small(encoded(upright), full)).mean() < 1.5
+
+
+@pytest.mark.parametrize("orientation", [o for o in STORED if o != 1])
+def test_turns_of_the_picture_used_here_are_unlike_one_another(orientation: int) -> None:
+    upright = picture(9, 96, 96)
+    turned = upright.transpose(STORED[orientation])
+    assert np.abs(small(encoded(upright), full=True) - small(encoded(turned), full=True)).mean() > 20
+
+
+@BOTH
+@pytest.mark.parametrize("value", [0, 9, 255])
+def test_an_orientation_that_does_not_exist_turns_nothing(value: int, full: bool) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    decoded = opened(encoded(picture(9, 144, 96), exif=exif), full)
+    assert (decoded.width, decoded.height) == (144, 96)
+
+
+# -- damaged and hostile bytes ----------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("kind", ["jpeg-rgb", "jpeg-progressive", "jpeg-cmyk", "png-rgb", "png-palette", "webp", "gif"])
+def test_a_truncated_image_is_unreadable(kind: str, share: float, full: bool) -> None:
+    data = FORMS[kind](picture(10, 320, 240))
+    assert opened(data, full).width == 320
+    assert fault(data[: int(share * len(data))], full).code == "unreadable_image"
+
+
+@BOTH
+@pytest.mark.parametrize("missing", [1, 2, 30])
+def test_a_jpeg_that_misses_its_last_bytes_is_unreadable(missing: int, full: bool) -> None:
+    assert fault(encoded(picture(10, 320, 240))[:-missing], full).code == "unreadable_image"
+
+
+@BOTH
+def test_a_truncated_photo_is_unreadable(real: list[bytes], full: bool) -> None:
+    assert {fault(data[: len(data) // 2], full).code for data in real[:20]} == {"unreadable_image"}
+
+
+@BOTH
+def test_no_bytes_are_an_empty_image(full: bool) -> None:
+    found = fault(b"", full)
+    assert (found.code, found.detail) == ("empty_image", "the image member has 0 bytes")
+
+
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
+GARBAGE = {
+    "html": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
+    "svg": SVG,
+    "zeros": bytes(4096),
+    "random": np.random.default_rng(0).bytes(4096),
+    "random-behind-a-jpeg-marker": b"\xff\xd8\xff" + np.random.default_rng(1).bytes(4096),
+    "random-behind-a-png-marker": b"\x89PNG\r\n\x1a\n" + np.random.default_rng(2).bytes(4096),
+    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    "one-byte": b"\xff",
+}
+
+
+@BOTH
+@pytest.mark.parametrize("kind", GARBAGE)
+def test_what_is_no_image_is_unreadable_for_a_cause_that_is_the_same_in_every_run(kind: str, full: bool) -> None:
+    found = fault(GARBAGE[kind], full)
+    assert found.code == "unreadable_image"
+    assert found.detail
+    assert " at 0x" not in found.detail
+    assert "\n" not in found.detail
+    assert "KeyError" not in found.detail  # a defect of the decoder, not of the bytes
+
+
+def damaged(data: bytes, places: list[tuple[float, int]]) -> bytes:
+    """Return the bytes with these values at these places, 0 the first and 1 the last."""
+    changed = bytearray(data)
+    for place, value in places:
+        changed[int(place * (len(data) - 1))] = value
+    return bytes(changed)
+
+
+def assert_is_an_image_or_a_bad_one(data: bytes, full: bool) -> None:
+    try:
+        decoded = decode(data, full, 10_000_000)
+    except BadImage as e:
+        bad = e
+    else:
+        assert decoded.width * decoded.height <= 10_000_000
+        assert thumbnail(decoded.pixels).shape == (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+        return
+    assert bad.code in ("unreadable_image", "too_many_pixels")
+    assert " at 0x" not in bad.detail
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["jpeg-rgb", "jpeg-grey", "png-palette", "gif", "webp", "tiff"]),
+    places=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=8),
+    full=st.booleans(),
+)
+def test_damage_anywhere_gives_an_image_or_a_bad_one_and_no_other_error(
+    kind: str, places: list[tuple[float, int]], full: bool
+) -> None:
+    assert_is_an_image_or_a_bad_one(damaged(FORMS[kind](picture(11, 64, 48)), places), full)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    places=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6),
+    full=st.booleans(),
+)
+@example([(0.02, 0)], False)
+def test_damage_to_the_metadata_of_a_jpeg_gives_an_image_or_a_bad_one_and_no_other_error(
+    places: list[tuple[float, int]], full: bool
+) -> None:
+    data = stored(picture(11, 64, 48), 6, "JPEG")
+    metadata = data.index(b"Exif") + 60
+    assert_is_an_image_or_a_bad_one(damaged(data[:metadata], places) + data[metadata:], full)
+
+
+@BOTH
+@pytest.mark.parametrize("length", [0, 1, 2, 5, 8, 14])
+def test_a_jpeg_whose_metadata_are_cut_short_is_an_image_or_a_bad_one(length: int, full: bool) -> None:
+    plain = encoded(picture(11, 64, 48))
+    body = (b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03")[: 6 + length]
+    assert_is_an_image_or_a_bad_one(plain[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(body)) + body + plain[2:], full)
+
+
+def png(width: int, height: int, depth: int = 8, colour: int = 2) -> bytes:
+    """Return a PNG with this header and hardly any pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(10_000)))
+        + chunk(b"IEND", b"")
+    )
+
+
+def jpeg(width: int, height: int) -> bytes:
+    """Return a small JPEG whose header claims this size."""
+    data = encoded(picture(0))
+    frame = data.index(b"\xff\xc0")
+    return data[: frame + 5] + struct.pack(">HH", height, width) + data[frame + 9 :]
+
+
+def gif(width: int, height: int) -> bytes:
+    data = encoded(picture(0).quantize(16), "GIF")
+    return data[:6] + struct.pack("<HH", width, height) + data[10:]
+
+
+def bmp(width: int, height: int) -> bytes:
+    data = encoded(picture(0), "BMP")
+    return data[:18] + struct.pack("<ii", width, height) + data[26:]
+
+
+@BOTH
+@pytest.mark.parametrize("claim", [png, jpeg, gif, bmp])
+def test_a_header_that_claims_3_600_000_000_pixels_is_refused_before_they_are_decoded(
+    claim: Callable[[int, int], bytes], full: bool
+) -> None:
+    data = claim(60_000, 60_000)
+    memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    found = fault(data, full)
+    assert found.code == "too_many_pixels"
+    assert time.perf_counter() - start < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000  # KiB; the pixels are 10 GB
+
+
+@BOTH
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_max_pixels_is_the_largest_number_of_pixels_that_is_decoded(format: str, full: bool) -> None:
+    data = encoded(picture(12, 100, 80), format)
+    assert decode(data, full, 8000).width == 100
+    found = fault(data, full, 7999)
+    assert (found.code, found.detail) == ("too_many_pixels", "100x80 is over input.max_pixels = 7,999")
+
+
+@BOTH
+def test_max_pixels_above_pillows_own_limit_is_obeyed(full: bool) -> None:
+    data = png(14_000, 14_000, depth=1, colour=0)
+    found = fault(data, full, 10**9)
+    assert found.code == "unreadable_image"  # for its missing pixels, not for their number
+
+
+# -- odd sizes --------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (30_000, 1), (1, 30_000), (7, 5000)])
+def test_an_image_of_any_shape_has_a_thumbnail_and_hashes(size: tuple[int, int], format: str, full: bool) -> None:
+    decoded = opened(encoded(picture(13).resize(size), format), full)
+    assert (decoded.width, decoded.height) == size
+    assert thumbnail(decoded.pixels).shape == (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    for method in METHODS:
+        assert 0 <= int(hasher(method).encode_image(image_array=decoded.pixels), 16) < 2**64
+
+
+@pytest.mark.parametrize("side", [1, 8, 32, 64])
+def test_a_thumbnail_of_grey_pixels_equals_that_of_the_same_in_rgb(side: int) -> None:
+    grey = np.asarray(picture(14, 300, 200).convert("L"))
+    np.testing.assert_array_equal(thumbnail(grey, side), thumbnail(np.repeat(grey[:, :, None], 3, axis=2), side))
+
+
+# -- blank ------------------------------------------------------------------------------------------------------------
+
+Thumbnail = npt.NDArray[np.uint8]
+
+
+def flat(level: int) -> Thumbnail:
+    return np.full((32, 32), level, np.uint8)
+
+
+def noise(deviation: float, level: int = 128) -> Thumbnail:
+    random = np.random.default_rng(0)
+    return np.clip(level + deviation * random.standard_normal((32, 32)), 0, 255).astype(np.uint8)
+
+
+def specks(count: int) -> Thumbnail:
+    image = flat(255)
+    image.ravel()[np.random.default_rng(1).choice(1024, count, replace=False)] = 0
+    return image
+
+
+@pytest.mark.parametrize(
+    "small", [flat(0), flat(128), flat(255), noise(0.5), noise(2), noise(3, 250), specks(1), specks(40)]
+)
+def test_flat_and_near_flat_images_are_blank(small: Thumbnail) -> None:
+    assert is_blank(small)
+
+
+@pytest.mark.parametrize("small", [noise(10), noise(60), specks(512), np.arange(1024).reshape(32, 32).astype(np.uint8)])
+def test_noise_and_gradients_are_not_blank(small: Thumbnail) -> None:
+    assert not is_blank(small)
+
+
+def test_pictures_are_not_blank_and_a_placeholder_is() -> None:
+    assert not any(is_blank(thumbnail(np.asarray(picture(seed)))) for seed in range(50))
+    placeholder = Image.new("RGB", (400, 400), "white")
+    ImageDraw.Draw(placeholder).text((150, 190), "image not available", fill="black")
+    assert is_blank(thumbnail(np.asarray(placeholder)))
+
+
+def test_photos_are_not_blank(real: list[bytes]) -> None:
+    assert sum(is_blank(thumbnail(opened(data, full=False).pixels)) for data in real) == 0
