@@ -13,8 +13,9 @@ def normalise(caption: str) -> str:
 
     A caption of punctuation alone keeps it, so that it does not equal every other such caption.
     """
-    folded = unicodedata.normalize("NFKC", caption).casefold()
-    return " ".join(folded.translate(_punctuation()).split()) or " ".join(folded.split())
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", caption).casefold())
+    words = " ".join(folded.translate(_punctuation()).split())
+    return words if any(map(str.isalnum, words)) else " ".join(folded.split())
 
 
 def fingerprint(caption: str) -> bytes | None:

@@ -17,7 +17,7 @@ Policy = Literal["record", "mask", "drop"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Input(_Section):
@@ -28,7 +28,7 @@ class Input(_Section):
     caption_field: str = "caption"
     uid_field: str | None = None
     allow_pipe: bool = False
-    max_pixels: Annotated[int, Field(gt=0)] = 178_956_970
+    max_pixels: Annotated[int, Field(gt=0, le=178_956_970)] = 178_956_970  # Pillow refuses more
     max_bytes: Annotated[int, Field(gt=0)] = 256 * 2**20
     on_bad_shard: Literal["stop", "skip"] = "stop"
 
@@ -41,13 +41,18 @@ class Images(_Section):
     decode: Literal["fast", "full"] = "fast"
     encoder: str | None = "builtin"
     encoder_similarity: Annotated[float, Field(gt=0, le=1)] | None = None
-    keep: Annotated[tuple[KeepOrder, ...], Field(min_length=1)] = ("resolution", "bytes", "caption_length", "uid")
+    keep: Annotated[tuple[KeepOrder, ...], Field(min_length=1, strict=False)] = (
+        "resolution",
+        "bytes",
+        "caption_length",
+        "uid",
+    )
 
 
 class Captions(_Section):
     """How captions are compared."""
 
-    tiers: tuple[Literal["exact"], ...] = ("exact",)
+    tiers: Annotated[tuple[Literal["exact"], ...], Field(strict=False)] = ("exact",)
 
 
 class Quantile(_Section):
@@ -108,17 +113,18 @@ class Config(_Section):
         values = base.model_dump(mode="json") if base else {}
         if path is not None:
             try:
-                given = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+                given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
             except (OSError, UnicodeDecodeError) as e:
                 raise ConfigError(f"{path}: cannot be read: {e}") from e
-            except yaml.YAMLError as e:
+            except (yaml.YAMLError, ValueError) as e:
                 raise ConfigError(f"{path}: not YAML: {' '.join(str(e).split())}") from e
+            given = {} if given is None else given
             if not isinstance(given, dict):
                 raise ConfigError(f"{path}: must hold sections such as 'images:', not a {type(given).__name__}")
             for section, keys in given.items():
                 if isinstance(keys, dict):
                     values[section] = {**values.get(section, {}), **keys}
-                elif keys is not None:
+                elif keys is not None or section not in cls.model_fields:
                     values[section] = keys
         return cls.parse(values, str(path))
 
@@ -145,11 +151,11 @@ def digest_of(value: Any) -> str:
 
 def _first_cause(error: ValidationError) -> str:
     causes = error.errors()
-    cause = next((c for c in causes if c["type"] == "extra_forbidden"), causes[0])
+    cause = next((c for c in causes if c["type"] == "extra_forbidden" and len(c["loc"]) <= 2), causes[0])
     where = [str(p) for p in cause["loc"]]
     if where[:2] == ["magnitude", "threshold"]:  # one of several forms, each with a complaint of its own
-        forms = "a number, {quantile: 0 to 1} or {false_positive_rate: 0 to 1, reference: FILE}"
-        return f"magnitude.threshold must be {forms}, or null"
+        forms = "a number >= 0, {quantile: Q} or {false_positive_rate: R, reference: FILE}, Q and R from 0 to below 1"
+        return f"magnitude.threshold = {cause['input']!r}: {cause['msg']}; it is {forms}"
     if cause["type"] != "extra_forbidden":
         return f"{'.'.join(where[:2])} = {cause['input']!r}: {cause['msg']}"
     section: Any = Config.model_fields[where[0]].annotation if len(where) > 1 else Config

@@ -41,8 +41,8 @@ def decide(
     """Return the decisions.  At or above `threshold` a caption counts as memorized.
 
     An image duplicate is any member of an image group but its keeper.  A caption duplicate is any member of a caption
-    group but one: the best-ranked of those that the image policy leaves in training, so that a group never loses its
-    last sample to two policies at once.
+    group but one: the best-ranked of those that the other policies treat the least harshly, so that a group never
+    loses its last sample to two policies at once.
     """
     good, rows = samples.good, np.arange(len(samples))
     over = np.zeros(len(captions) + 1, bool)  # one more: the caption of a bad sample is row -1
@@ -51,17 +51,10 @@ def decide(
     memorized = over[groups.caption]
 
     image_copy = groups.image_group != rows
-    left = good & ~(image_copy & (policy.image_duplicate != "record")) & ~(memorized & (policy.magnitude != "record"))
-    spared = _spared(groups, left)
+    action = np.maximum(image_copy * _ACTION[policy.image_duplicate], memorized * _ACTION[policy.magnitude])
+    spared = _spared(groups, action)
     caption_copy = good & (groups.caption_count > 1) & (spared[groups.caption_group] != rows)
-
-    action = np.zeros(len(samples), np.int8)
-    for found, name in (
-        (image_copy, policy.image_duplicate),
-        (caption_copy, policy.caption_duplicate),
-        (memorized, policy.magnitude),
-    ):
-        action = np.maximum(action, np.where(found, _ACTION[name], KEEP)).astype(np.int8)
+    action = np.maximum(action, caption_copy * _ACTION[policy.caption_duplicate]).astype(np.int8)
     action[~good] = BAD
 
     codes = [f"{m}_duplicate" for m in METHODS] + ["caption_duplicate", "magnitude"]
@@ -76,10 +69,10 @@ def decide(
     return Decisions(action, reasons, codes, canonical, duplication, pooled)
 
 
-def _spared(groups: Groups, left: npt.NDArray[np.bool_]) -> Ints:
+def _spared(groups: Groups, action: Ints) -> Ints:
     """Return, at each caption group's ordinal, the member that no caption policy touches."""
-    best = np.arange(len(left))
-    order = np.lexsort((groups.rank, ~left, groups.caption_group))
+    best = np.arange(len(action))
+    order = np.lexsort((groups.rank, action, groups.caption_group))
     group, first = np.unique(groups.caption_group[order], return_index=True)
     best[group] = order[first]
     return best

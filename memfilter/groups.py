@@ -208,24 +208,28 @@ def _image_groups(
     hash_of[compared] = _number(hashes[compared])
 
     near_hash = _neighbours(_within(edges[0], config.images.hash_radius), hash_of)
-    near_content = _neighbours(_within(edges[1], 1 - similarity(config) + 1e-7), content)
+    ends, near_content = _adjacent(_within(edges[1], 1 - similarity(config) + 1e-7), content, len(best))
     shared = np.bincount(hash_of[best][hash_of[best] >= 0], minlength=1)
-    has_edge = np.zeros(len(best), bool)
-    has_edge[list(near_content)] = True
+    has_edge = np.diff(ends) > 0
     hash_has_edge = shared > 1
     hash_has_edge[list(near_hash)] = True
     has_edge |= (hash_of[best] >= 0) & hash_has_edge[hash_of[best]]
 
     joined = np.arange(len(best))  # of each content, the keeper's content
+    is_keeper = np.zeros(len(best), bool)  # of those visited
     by_hash: dict[int, int] = {}  # of each hash, the best keeper within the radius
     for c in np.flatnonzero(has_edge).tolist():
         h = int(hash_of[best[c]])
-        found = [d for d in near_content.get(c, ()) if d < c and joined[d] == d]
+        near = near_content[ends[c] : ends[c + 1]]  # sorted: the first keeper is the best
+        near = near[is_keeper[near]]
+        found = near[:1].tolist()
         if h in by_hash:
             found.append(by_hash[h])
         if found:
             joined[c] = min(found)
-        elif h >= 0:
+            continue
+        is_keeper[c] = True
+        if h >= 0:
             for other in (h, *near_hash.get(h, ())):
                 by_hash.setdefault(other, c)
 
@@ -252,6 +256,14 @@ def _neighbours(edges: pa.Table, number: Ints) -> dict[int, list[int]]:
         found[a].append(b)
         found[b].append(a)
     return dict(found)
+
+
+def _adjacent(edges: pa.Table, number: Ints, n: int) -> tuple[Ints, Ints]:
+    """Return the neighbours of each number, sorted, one after the other, and where those of each begin and end."""
+    a, b = number[edges["a"].to_numpy()], number[edges["b"].to_numpy()]
+    key = np.concatenate([a * n + b, b * n + a])
+    key.sort()
+    return np.searchsorted(key, np.arange(n + 1) * n), key % n
 
 
 def _distances(edges: pa.Table, content: Ints, a: Ints, b: Ints) -> npt.NDArray[np.float32]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .records import THUMBNAIL_SIDE
 
@@ -17,7 +19,7 @@ GREY_SIDE = 2 * THUMBNAIL_SIDE
 """A fast decode is at least this many pixels on its shorter side, or the image's own size."""
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jfif")
-_FORMATS = ("JPEG", "PNG", "BMP", "MPO", "PPM", "TIFF", "GIF", "WEBP")
+_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "GIF", "WEBP")
 
 
 class BadImage(Exception):
@@ -43,14 +45,14 @@ class Decoded:
 def decode(data: bytes, full: bool, max_pixels: int) -> Decoded:
     """Return the image decoded to its end and turned upright; the header is checked before any pixel is decoded.
 
-    With `full`, the pixels are those that imagededup itself would hash.  Raises BadImage.
+    With `full`, the pixels are those that imagededup itself would hash, but for the turn.  Raises BadImage.
     """
     if not data:
         raise BadImage("empty_image", "the image member has 0 bytes")
     if not full and data[:3] == b"\xff\xd8\xff":
         try:
             return _decode_jpeg(data, max_pixels)
-        except (ValueError, OSError, SyntaxError):  # Pillow is asked before an image is called unreadable
+        except (ValueError, OSError, SyntaxError, KeyError):  # Pillow is asked before an image is called unreadable
             pass
     return _decode_with_pillow(data, full, max_pixels)
 
@@ -63,7 +65,8 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> Decoded:
     _check_size(width, height, max_pixels)
     orientation = 1
     if data.find(b"Exif\0", 0, 65536) >= 0:
-        orientation = Image.open(io.BytesIO(data), formats=("JPEG", "MPO")).getexif().get(_ORIENTATION, 1)
+        with _quiet_pillow():
+            orientation = Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(_ORIENTATION, 1)
     grey = simplejpeg.decode_jpeg(
         data, "GRAY", fastdct=True, fastupsample=True, min_height=GREY_SIDE, min_width=GREY_SIDE
     )
@@ -72,24 +75,34 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> Decoded:
 
 def _decode_with_pillow(data: bytes, full: bool, max_pixels: int) -> Decoded:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # ours is the limit on pixels; odd metadata is no defect of the image
+        with _quiet_pillow():
             image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
             width, height = image.size
             _check_size(width, height, max_pixels)
-            orientation = image.getexif().get(_ORIENTATION, 1)
             if not full:
                 image.draft("L", (GREY_SIDE, GREY_SIDE))
             image.load()
+            orientation = image.getexif().get(_ORIENTATION, 1)  # only now: loading a TIFF turns it
     except BadImage:
         raise
     except Image.DecompressionBombError as e:
         raise BadImage("too_many_pixels", str(e)) from e
+    except UnidentifiedImageError as e:  # its own words hold an address in memory
+        raise BadImage("unreadable_image", "the bytes are of no image format that is read") from e
     except Exception as e:  # Pillow's decoders raise what they like on damaged bytes
         raise BadImage("unreadable_image", f"{type(e).__name__}: {e}"[:200]) from e
+    if image.mode.startswith("I;16") and not full:
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode != "RGB" and not (image.mode == "L" and not full):
         image = image.convert("RGBA").convert("RGB")
     return _upright(width, height, np.asarray(image if full else image.convert("L")), orientation)
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ours is the limit on pixels; odd metadata is no defect of the image
+        yield
 
 
 _ORIENTATION = 0x0112  # the EXIF tag

@@ -109,12 +109,14 @@ def embedding_join(rows: npt.NDArray[np.float32], similarity: float) -> Pairs:
         or [np.empty(0, np.float32)]
     )
     near = cosine >= similarity
-    return a[near], b[near], (1 - cosine[near]).astype(np.float32)
+    return a[near], b[near], np.maximum(1 - cosine[near], 0).astype(np.float32)
 
 
 def _distinct(found: list[tuple[Any, Any]], n: int) -> tuple[npt.NDArray[np.int64], ...]:
     """Return the pairs sorted by (a, b), each once."""
     if not found:
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    key = np.unique(np.concatenate([a * n + b for a, b in found]))
+    key = np.concatenate([a * n + b for a, b in found])
+    key.sort()  # np.unique hashes integers, which is several times slower on millions of them
+    key = key[np.r_[True, key[1:] != key[:-1]]] if len(key) else key
     return key // n, key % n

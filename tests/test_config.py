@@ -178,7 +178,7 @@ WRONG = {
     "input.caption": ["text", "null", "1"],
     "input.caption_field": ["null", "3"],
     "input.allow_pipe": ["maybe", "null", "[true]"],
-    "input.max_pixels": ["0", "-5", "many", "1.5", "null", "true"],
+    "input.max_pixels": ["0", "-5", "178956971", "many", "1.5", "null", "true"],
     "input.max_bytes": ["0", "-1", "1 GB"],
     "input.on_bad_shard": ["ignore", "false"],
     "images.hash": ["md5", "PHASH", "null"],

@@ -409,13 +409,6 @@ def test_max_pixels_is_the_largest_number_of_pixels_that_is_decoded(format: str,
     assert (found.code, found.detail) == ("too_many_pixels", "100x80 is over input.max_pixels = 7,999")
 
 
-@BOTH
-def test_max_pixels_above_pillows_own_limit_is_obeyed(full: bool) -> None:
-    data = png(14_000, 14_000, depth=1, colour=0)
-    found = fault(data, full, 10**9)
-    assert found.code == "unreadable_image"  # for its missing pixels, not for their number
-
-
 # -- odd sizes --------------------------------------------------------------------------------------------------------
 
 

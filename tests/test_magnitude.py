@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 import memfilter
 from memfilter import Config, ConfigError, ModelError
 from memfilter.denoisers import find_model
-from memfilter.magnitude import Scorer, eps_factor, score_captions, threshold
+from memfilter.magnitude import Scorer, check_threshold, eps_factor, score_captions, threshold
 from memfilter.records import Scores
 from memfilter.store import Store
 
@@ -357,7 +357,7 @@ def test_a_threshold_by_value_is_that_value() -> None:
 
 def test_a_threshold_without_a_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="no model"):
-        threshold(Config.parse({"magnitude": {"threshold": 2}}), None, np.array([0]))
+        check_threshold(Config.parse({"magnitude": {"threshold": 2}}))
 
 
 def test_a_quantile_counts_samples_and_not_captions() -> None:
