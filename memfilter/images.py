@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +53,13 @@ def decode(data: bytes, full: bool, max_pixels: int) -> Decoded:
     if not full and data[:3] == b"\xff\xd8\xff":
         try:
             return _decode_jpeg(data, max_pixels)
-        except (ValueError, OSError, SyntaxError, KeyError):  # Pillow is asked before an image is called unreadable
+        except (
+            ValueError,
+            OSError,
+            SyntaxError,
+            KeyError,
+            IndexError,
+        ):  # Pillow is asked before an image is called unreadable
             pass
     return _decode_with_pillow(data, full, max_pixels)
 
@@ -63,14 +70,39 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> Decoded:
     if colours not in ("YCbCr", "Gray", "RGB"):
         raise ValueError(f"{colours} has no fast path to grey")
     _check_size(width, height, max_pixels)
-    orientation = 1
-    if data.find(b"Exif\0", 0, 65536) >= 0:
-        with _quiet_pillow():
-            orientation = Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(_ORIENTATION, 1)
     grey = simplejpeg.decode_jpeg(
         data, "GRAY", fastdct=True, fastupsample=True, min_height=GREY_SIDE, min_width=GREY_SIDE
     )
-    return _upright(width, height, grey[:, :, 0], orientation)
+    return _upright(width, height, grey[:, :, 0], _jpeg_orientation(data))
+
+
+def _jpeg_orientation(data: bytes) -> object:
+    """Return the orientation in a JPEG's EXIF segment, None where there is none."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] in _BEFORE_PIXELS:
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at + 4 : at + 10] == b"Exif\0\0":
+            return _orientation(partial(_exif, data[at + 4 : end]))
+        at = end
+    return None
+
+
+def _exif(segment: bytes) -> Image.Exif:
+    exif = Image.Exif()
+    exif.load(segment)
+    return exif
+
+
+_BEFORE_PIXELS = [bytes([marker]) for marker in (*range(0xE0, 0xF0), 0xFE)]  # APPn and comments
+
+
+def _orientation(read: Callable[[], Image.Exif]) -> object:
+    """Return the orientation, None for metadata that cannot be read: they are no defect of the pixels."""
+    try:
+        with _quiet_pillow():
+            return read().get(0x0112)
+    except Exception:  # Pillow's parser raises what it likes on damaged bytes
+        return None
 
 
 def _decode_with_pillow(data: bytes, full: bool, max_pixels: int) -> Decoded:
@@ -82,7 +114,6 @@ def _decode_with_pillow(data: bytes, full: bool, max_pixels: int) -> Decoded:
             if not full:
                 image.draft("L", (GREY_SIDE, GREY_SIDE))
             image.load()
-            orientation = image.getexif().get(_ORIENTATION, 1)  # only now: loading a TIFF turns it
     except BadImage:
         raise
     except Image.DecompressionBombError as e:
@@ -91,6 +122,7 @@ def _decode_with_pillow(data: bytes, full: bool, max_pixels: int) -> Decoded:
         raise BadImage("unreadable_image", "the bytes are of no image format that is read") from e
     except Exception as e:  # Pillow's decoders raise what they like on damaged bytes
         raise BadImage("unreadable_image", f"{type(e).__name__}: {e}"[:200]) from e
+    orientation = _orientation(image.getexif)  # only now: loading a TIFF turns it
     if image.mode.startswith("I;16") and not full:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode != "RGB" and not (image.mode == "L" and not full):
@@ -103,9 +135,6 @@ def _quiet_pillow() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ours is the limit on pixels; odd metadata is no defect of the image
         yield
-
-
-_ORIENTATION = 0x0112  # the EXIF tag
 
 
 def _upright(width: int, height: int, pixels: npt.NDArray[np.uint8], orientation: object) -> Decoded:
@@ -139,19 +168,17 @@ def thumbnail(pixels: npt.NDArray[np.uint8], side: int = THUMBNAIL_SIDE) -> npt.
     return np.asarray(small if small.mode == "L" else small.convert("L"))
 
 
-def is_blank(small: npt.NDArray[np.uint8]) -> bool:
-    """Tell whether a thumbnail holds too little structure for a perceptual comparison.
+def are_blank(small: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Tell of each of (N, H, W) grey thumbnails whether it holds too little structure for a perceptual comparison.
 
-    True when its grey levels deviate by less than 4 of 255, or when a histogram of 32 levels has less than one bit
-    of entropy: one flat colour, or one colour with a few specks.
+    True when its levels deviate by less than 4 of 255, or when a histogram of 32 levels has less than one bit of
+    entropy: one flat colour, or one colour with a few specks.
     """
-    counts = np.bincount(small.ravel(), minlength=256)
-    mean = counts @ _LEVELS / small.size
-    if counts @ (_LEVELS - mean) ** 2 / small.size < 4**2:
-        return True
-    share = counts.reshape(32, 8).sum(1) / small.size
-    share = share[share > 0]
-    return float(-(share @ np.log2(share))) < 1.0
-
-
-_LEVELS = np.arange(256, dtype=np.float64)
+    flat = small.reshape(len(small), -1)
+    counts = np.zeros((len(flat), 32))
+    for level in range(32):
+        counts[:, level] = ((flat >> 3) == level).sum(1)
+    share = counts / max(flat.shape[1], 1)
+    entropy = -(share * np.log2(np.where(share > 0, share, 1))).sum(1)
+    blank: npt.NDArray[np.bool_] = (flat.std(1) < 4) | (entropy < 1)
+    return blank

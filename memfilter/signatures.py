@@ -12,7 +12,7 @@ from functools import cache
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ import pyarrow as pa
 from . import images
 from .captions import fingerprint
 from .config import Config, digest_of
-from .encoders import Encoder, image_encoder
+from .encoders import image_encoder
 from .errors import ShardError
 from .records import Shard, signature_schema
 from .source import Member, Members, check_stats, open_shard, printable_key, sample_uid
@@ -83,7 +83,7 @@ def sign(shard: Shard, path: Path, config: Config) -> Signed:
     note: dict[str, Any] = {}
     try:
         with open_shard(shard) as members:
-            table = _signatures(members, config, encoder)
+            table = _signatures(members, config)
         check_stats(shard, table.num_rows)
     except ShardError as e:
         if config.input.on_bad_shard == "stop":
@@ -131,40 +131,23 @@ class _Bad(Exception):
         self.code, self.detail = code, detail
 
 
-def _signatures(members: Members, config: Config, encoder: Encoder | None) -> pa.Table:
+def _signatures(members: Members, config: Config) -> pa.Table:
     signer = Signer(config)
     rows: list[dict[str, Any]] = []
     tables: list[pa.Table] = []
-    schema = signature_schema(encoder.dim if encoder else 0)
     occurrences: defaultdict[bytes, list[int]] = defaultdict(list)
     samples = groupby((m for m in members if m.index >= 0), key=lambda m: m.index)
     for index, sample in samples:
-        key, row = signer.sign(members.name, index, sample)
+        key, row = signer.read(members.name, index, sample)
         occurrences[key].append(index)
         rows.append(row)
         if len(rows) == _BATCH:
-            tables.append(_table(rows, schema, encoder))
+            tables.append(signer.table(rows))
             rows = []
-    tables.append(_table(rows, schema, encoder))
+    tables.append(signer.table(rows))
     table = pa.concat_tables(tables).combine_chunks()
     repeated = sorted(i for places in occurrences.values() if len(places) > 1 for i in places)
     return _spoil(table, repeated, "repeated_key", "the key comes back in its shard") if repeated else table
-
-
-def _table(rows: list[dict[str, Any]], schema: pa.Schema, encoder: Encoder | None) -> pa.Table:
-    columns = {name: [row.get(name) for row in rows] for name in schema.names if name != "embedding"}
-    if encoder is None:
-        return pa.table(columns, schema=schema)
-    squares = [row.get("square") for row in rows]
-    good = [s for s in squares if s is not None]
-    embeddings = np.zeros((len(rows), encoder.dim), np.float16)
-    if good:
-        embeddings[[s is not None for s in squares]] = encoder.encode(np.stack(good))
-    missing = pa.array([s is None for s in squares], pa.bool_())
-    flat = pa.array(embeddings.ravel())
-    arrays = [pa.array(columns[f.name], f.type) for f in schema if f.name != "embedding"]
-    arrays.append(pa.FixedSizeListArray.from_arrays(flat, encoder.dim, mask=missing))
-    return pa.table(arrays, schema=schema)
 
 
 def _spoil(table: pa.Table, indices: list[int], code: str, detail: str) -> pa.Table:
@@ -185,35 +168,47 @@ def _spoil(table: pa.Table, indices: list[int], code: str, detail: str) -> pa.Ta
     return table
 
 
-class Hasher(Protocol):
-    """The one call that is needed of imagededup's hashing methods."""
-
-    def encode_image(self, *, image_array: npt.NDArray[np.uint8]) -> str:
-        """Return a hash as hexadecimal text."""
-        ...
-
-
-def hasher(name: str) -> Hasher:
+def hasher(name: str) -> Any:
     """Return imagededup's hashing method of this name."""
-    # importing imagededup brings torch along and takes seconds: workers that never hash do without
+    # importing imagededup brings torch along and takes seconds: processes that never hash do without
     from imagededup.methods import AHash, DHash, PHash, WHash
 
     for noisy in ("imagededup.methods.hashing", "imagededup.utils.image_utils"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    made: Hasher = {"phash": PHash, "dhash": DHash, "ahash": AHash, "whash": WHash}[name](verbose=False)
-    return made
+    return {"phash": PHash, "dhash": DHash, "ahash": AHash, "whash": WHash}[name](verbose=False)
 
 
 class Signer:
-    """Turn one sample's members into a row of signatures."""
+    """Turn the members of samples into rows of signatures, one by one, and the rows into a table, many at a time."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.full = config.images.decode == "full"
         self.hasher = hasher(config.images.hash)
         self.encoder = image_encoder(config.images.encoder)
+        self.schema = signature_schema(self.encoder.dim if self.encoder else 0)
 
-    def sign(self, shard: str, index: int, members: Iterator[Member]) -> tuple[bytes, dict[str, Any]]:
+    def table(self, rows: list[dict[str, Any]]) -> pa.Table:
+        """Return the rows as a table, with what is computed of their small images: hash, blankness, embedding."""
+        good = [i for i, row in enumerate(rows) if "thumbnail" in row]
+        is_good = np.zeros(len(rows), bool)
+        is_good[good] = True
+        small = np.stack([rows[i]["thumbnail"] for i in good]) if good else np.empty((0, 0, 0), np.uint8)
+        for i, blank in zip(good, images.are_blank(small).tolist(), strict=True):
+            # the method's own bits of the pixels that its encode_image would bring to this size
+            bits = self.hasher._hash_algo(rows[i]["hashed"])
+            rows[i] |= {"hash": int.from_bytes(np.packbits(bits).tobytes(), "big"), "blank": blank}
+        columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in self.schema.names}
+        columns["thumbnail"] = [row["thumbnail"].tobytes() if "thumbnail" in row else None for row in rows]
+        if self.encoder:
+            embeddings = np.zeros((len(rows), self.encoder.dim), np.float16)
+            if good:
+                embeddings[good] = self.encoder.encode(np.stack([rows[i]["square"] for i in good]))
+            flat, missing = pa.array(embeddings.ravel()), pa.array(~is_good)
+            columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, self.encoder.dim, mask=missing)
+        return pa.table(columns, schema=self.schema)
+
+    def read(self, shard: str, index: int, members: Iterator[Member]) -> tuple[bytes, dict[str, Any]]:
         """Return the sample's raw key and its row; a bad sample's row has the cause and nothing else."""
         key = b""
         image: bytes | None = None
@@ -248,17 +243,18 @@ class Signer:
     def _image(self, data: bytes) -> dict[str, Any]:
         decoded = images.decode(data, self.full, self.config.input.max_pixels)
         small = images.thumbnail(decoded.pixels)
-        # imagededup resizes to the thumbnail's size for its phash, so the thumbnail spares it the work
-        hashed = small if self.config.images.hash == "phash" and not self.full else decoded.pixels
         row = {
             "digest": hashlib.sha256(data).digest()[:16],
-            "hash": int(self.hasher.encode_image(image_array=hashed), 16),
             "width": decoded.width,
             "height": decoded.height,
             "bytes": len(data),
-            "blank": images.is_blank(small),
-            "thumbnail": small.tobytes(),
+            "thumbnail": small,
+            "hashed": small,  # of the size that imagededup's phash takes
         }
+        if self.full or self.config.images.hash != "phash":
+            from imagededup.utils.image_utils import preprocess_image
+
+            row["hashed"] = preprocess_image(decoded.pixels, self.hasher.target_size, grayscale=True)
         if self.encoder:
             same = self.encoder.side == len(small)
             row["square"] = small if same else images.thumbnail(decoded.pixels, self.encoder.side)
@@ -281,9 +277,10 @@ class Signer:
             raise _Bad("bad_caption", f"{config.caption_field} in the json is a {type(caption).__name__}, not text")
         if not isinstance(more, list) or not all(isinstance(c, str) for c in more):
             raise _Bad("bad_caption", "captions in the json is not a list of texts")
-        for text in (caption, *more):
-            if any("\ud800" <= c <= "\udfff" for c in text):
-                raise _Bad("bad_caption", "the json holds half of a surrogate pair, which is no text")
+        try:
+            "".join((caption, *more)).encode()
+        except UnicodeEncodeError as e:
+            raise _Bad("bad_caption", "the json holds half of a surrogate pair, which is no text") from e
         row: dict[str, Any] = {"caption": caption, "fingerprint": fingerprint(caption), "captions": more or None}
         if config.uid_field:
             row["uid"] = _own_uid(fields.get(config.uid_field), config.uid_field)

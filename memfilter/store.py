@@ -1,6 +1,6 @@
 """Where each artefact of a run lives, and how it comes to be there whole or not at all.
 
-A file is written under a temporary name, flushed and renamed.  A table is *done* when it is there with the digest of
+A file is written under a temporary name and renamed.  A table is *done* when it is there with the digest of
 everything that shaped it in its metadata; a stage asks `done` before it works, so the same command continues a run.
 """
 
@@ -25,6 +25,7 @@ FORMAT = 1
 
 _DIGEST = b"memfilter.digest"
 _NOTE = b"memfilter.note"
+_DICTIONARIES = ["bad", "detail", "shard", "action", "reasons", "match_method", "duplication"]
 
 
 class Store:
@@ -99,13 +100,14 @@ class Store:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise."""
+    """Yield a temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise.
+
+    Nothing is forced to the disk: what a power failure leaves half written fails its checks and is made again.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -123,7 +125,14 @@ def write_table(path: Path, table: pa.Table, digest: str, note: dict[str, Any] |
     if note is not None:
         metadata[_NOTE] = json.dumps(note, sort_keys=True).encode()
     with replacing(path) as temporary:
-        pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd", write_page_checksum=True)
+        # most columns hold no value twice: no dictionary is tried for them
+        pq.write_table(
+            table.replace_schema_metadata(metadata),
+            temporary,
+            compression="zstd",
+            use_dictionary=_DICTIONARIES,
+            write_page_checksum=True,
+        )
 
 
 def done(path: Path, digest: str) -> bool:
