@@ -174,11 +174,12 @@ def are_blank(small: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
     True when its levels deviate by less than 4 of 255, or when a histogram of 32 levels has less than one bit of
     entropy: one flat colour, or one colour with a few specks.
     """
+    if not len(small):
+        return np.empty(0, bool)
     flat = small.reshape(len(small), -1)
-    counts = np.zeros((len(flat), 32))
-    for level in range(32):
-        counts[:, level] = ((flat >> 3) == level).sum(1)
-    share = counts / max(flat.shape[1], 1)
+    levels = (flat >> 3) + 32 * np.arange(len(flat))[:, None]
+    counts = np.bincount(levels.ravel(), minlength=32 * len(flat)).reshape(-1, 32)
+    share = counts / flat.shape[1]
     entropy = -(share * np.log2(np.where(share > 0, share, 1))).sum(1)
     blank: npt.NDArray[np.bool_] = (flat.std(1) < 4) | (entropy < 1)
     return blank

@@ -272,8 +272,9 @@ class Members:
                 suffixes.add(member.suffix)
                 member.index = self.samples - 1
             yield member
-            for _ in self.rest():
-                pass
+            if self.left:
+                for _ in self.rest():
+                    pass
         self._check_end()
 
     def take(self, size: int, where: str) -> bytes:
@@ -335,13 +336,14 @@ class Members:
                 head, extended = head + more, more[504]
                 if len(head) > 4 * _MAX_EXTENSION:
                     raise self._fail(f"sparse headers of {len(head):,} bytes")
-        if any(k.startswith(b"GNU.sparse.") for k in own):
-            supported = False
-            own[b"path"] = own.get(b"GNU.sparse.name", own.get(b"path", b""))
-        if b"size" in own:
-            if not own[b"size"].isdigit():
-                raise self._fail(f"a pax size of {own[b'size'][:20]!r}")
-            size = int(own[b"size"])
+        if own:
+            if any(k.startswith(b"GNU.sparse.") for k in own):
+                supported = False
+                own[b"path"] = own.get(b"GNU.sparse.name", own.get(b"path", b""))
+            if b"size" in own:
+                if not own[b"size"].isdigit():
+                    raise self._fail(f"a pax size of {own[b'size'][:20]!r}")
+                size = int(own[b"size"])
         if kind in _NO_DATA:
             size = 0
         name = own.get(b"path") or self._name(block)
@@ -361,11 +363,12 @@ class Members:
         if len(block) < BLOCK:
             what = "is not a tar" if self._offset < BLOCK else "ends inside a header"
             raise ShardError(f"{self.name}: {what} at byte {self._offset:,}; {_REMEDY}")
-        if not any(block):
+        total = sum(block)
+        if not total:
             if not first:
                 raise self._fail("the archive ends after an extension header")
             return None
-        unsigned = sum(block) - sum(block[148:156]) + 8 * 32
+        unsigned = total - sum(block[148:156]) + 8 * 32
         try:
             stored = int(block[148:156].strip(b" \0"), 8)
         except ValueError:
