@@ -16,8 +16,8 @@ from PIL import Image, UnidentifiedImageError
 
 from .records import THUMBNAIL_SIDE
 
-GREY_SIDE = 2 * THUMBNAIL_SIDE
-"""A fast decode is at least this many pixels on its shorter side, or the image's own size."""
+HASH_SIDE = 40
+"""Pixels on the shorter side that a perceptual hash needs: its grid of 32, and room to filter."""
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jfif")
 _FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "GIF", "WEBP")
@@ -35,7 +35,7 @@ class BadImage(Exception):
 class Decoded:
     """An image's own size in pixels, upright, and its pixels.
 
-    `pixels` is uint8: grey (H, W) of at least GREY_SIDE on the shorter side, or RGB (H, W, 3) at full size.
+    `pixels` is uint8: grey (H, W) of a fast decode, or RGB (H, W, 3) at full size.
     """
 
     width: int
@@ -43,36 +43,29 @@ class Decoded:
     pixels: npt.NDArray[np.uint8]
 
 
-def decode(data: bytes, full: bool, max_pixels: int) -> Decoded:
+def decode(data: bytes, full: bool, max_pixels: int, side: int = HASH_SIDE) -> Decoded:
     """Return the image decoded to its end and turned upright; the header is checked before any pixel is decoded.
 
-    With `full`, the pixels are those that imagededup itself would hash, but for the turn.  Raises BadImage.
+    A fast decode has at least `side` pixels on the shorter side, or the image's own.  With `full`, the pixels are
+    those that imagededup itself would hash, but for the turn.  Raises BadImage.
     """
     if not data:
         raise BadImage("empty_image", "the image member has 0 bytes")
     if not full and data[:3] == b"\xff\xd8\xff":
         try:
-            return _decode_jpeg(data, max_pixels)
-        except (
-            ValueError,
-            OSError,
-            SyntaxError,
-            KeyError,
-            IndexError,
-        ):  # Pillow is asked before an image is called unreadable
+            return _decode_jpeg(data, max_pixels, side)
+        except ValueError:  # Pillow is asked before an image is called unreadable
             pass
-    return _decode_with_pillow(data, full, max_pixels)
+    return _decode_with_pillow(data, full, max_pixels, side)
 
 
-def _decode_jpeg(data: bytes, max_pixels: int) -> Decoded:
+def _decode_jpeg(data: bytes, max_pixels: int, side: int) -> Decoded:
     """Return a JPEG's grey pixels from the smallest scaled decode that is large enough; raises ValueError."""
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     if colours not in ("YCbCr", "Gray", "RGB"):
         raise ValueError(f"{colours} has no fast path to grey")
     _check_size(width, height, max_pixels)
-    grey = simplejpeg.decode_jpeg(
-        data, "GRAY", fastdct=True, fastupsample=True, min_height=GREY_SIDE, min_width=GREY_SIDE
-    )
+    grey = simplejpeg.decode_jpeg(data, "GRAY", fastdct=True, fastupsample=True, min_height=side, min_width=side)
     return _upright(width, height, grey[:, :, 0], _jpeg_orientation(data))
 
 
@@ -105,14 +98,14 @@ def _orientation(read: Callable[[], Image.Exif]) -> object:
         return None
 
 
-def _decode_with_pillow(data: bytes, full: bool, max_pixels: int) -> Decoded:
+def _decode_with_pillow(data: bytes, full: bool, max_pixels: int, side: int) -> Decoded:
     try:
         with _quiet_pillow():
             image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
             width, height = image.size
             _check_size(width, height, max_pixels)
             if not full:
-                image.draft("L", (GREY_SIDE, GREY_SIDE))
+                image.draft("L", (side, side))
             image.load()
     except BadImage:
         raise

@@ -186,6 +186,8 @@ class Signer:
         self.full = config.images.decode == "full"
         self.hasher = hasher(config.images.hash)
         self.encoder = image_encoder(config.images.encoder)
+        # an encoder's input is filtered down from twice its size
+        self.side = max(images.HASH_SIDE, 2 * self.encoder.side if self.encoder else 0)
         self.schema = signature_schema(self.encoder.dim if self.encoder else 0)
 
     def table(self, rows: list[dict[str, Any]]) -> pa.Table:
@@ -241,7 +243,7 @@ class Signer:
         return key, row
 
     def _image(self, data: bytes) -> dict[str, Any]:
-        decoded = images.decode(data, self.full, self.config.input.max_pixels)
+        decoded = images.decode(data, self.full, self.config.input.max_pixels, self.side)
         small = images.thumbnail(decoded.pixels)
         row = {
             "digest": hashlib.sha256(data).digest()[:16],
