@@ -22,8 +22,8 @@ from pathlib import Path
 from environment import write_result
 
 from memfilter import Config
+from memfilter.shards import find_shards
 from memfilter.signatures import hasher, sign
-from memfilter.source import find_shards
 
 
 def main() -> None:

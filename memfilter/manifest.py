@@ -19,7 +19,8 @@ from .config import digest_of
 from .decisions import ACTIONS, DUPLICATION, KEEP, Decisions
 from .errors import ConfigError, RunError
 from .records import MANIFEST, METHODS, Floats, Groups, Ints, Samples, Scores
-from .source import sample_uid, shard_stem
+from .shards import shard_stem
+from .source import sample_uid
 from .store import Store, done, file_digest, read_table, replacing, write_json, write_table
 
 SCHEMA_VERSION = 1

@@ -21,8 +21,8 @@ from .groups import distinct_captions, find_edges, group, load_samples
 from .magnitude import check_threshold, score_captions, threshold
 from .manifest import Manifest
 from .records import Samples, Scores, Shard
+from .shards import find_shards
 from .signatures import DuplicateGauge, Signed, is_signed, sign, versions
-from .source import find_shards
 from .store import Store, read_digest, read_note
 from .summary import statistics
 

@@ -24,7 +24,8 @@ from .config import Config, digest_of
 from .encoders import image_encoder
 from .errors import ShardError
 from .records import Shard, signature_schema
-from .source import Member, Members, check_stats, open_shard, printable_key, sample_uid
+from .shards import check_stats
+from .source import Member, Members, open_shard, printable_key, sample_uid
 from .store import done, read_note, write_table
 
 _BATCH = 256

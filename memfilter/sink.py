@@ -14,7 +14,8 @@ import numpy.typing as npt
 from .config import digest_of
 from .errors import ShardError
 from .records import Shard
-from .source import BLOCK, TAR_SUFFIXES, Members, open_shard, printable_key, shard_stem
+from .shards import TAR_SUFFIXES, shard_stem
+from .source import BLOCK, Members, open_shard, printable_key
 from .store import file_digest, read_table, replacing, write_json
 
 _RECORD = 20 * BLOCK  # what tar pads an archive to

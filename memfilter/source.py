@@ -1,4 +1,4 @@
-"""Find shards, and stream one tar's members with their raw bytes, in constant memory, checked to the end.
+"""Stream one tar's members with their raw bytes, in constant memory, checked to the end.
 
 The reader follows the POSIX ustar and pax formats with GNU long names.  A key ends at the first dot of a member's base
 name and the suffix, lower-cased, is the rest: the convention of webdataset.  Members of one key that follow one
@@ -7,164 +7,33 @@ another are one sample; a suffix that returns begins the next occurrence of the 
 
 from __future__ import annotations
 
-import glob
 import gzip
 import hashlib
 import io
-import json
-import os
 import re
-import shlex
 import subprocess
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-import braceexpand
 import fsspec
 
-from .errors import ConfigError, InputError, ShardError
+from .errors import ShardError
 from .records import Shard
+from .shards import REMEDY, SCHEME, in_one_line
 
 BLOCK = 512
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _KEY = re.compile(rb"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(rb"__[^/]*__(?:/|$)")
-_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 _MAX_EXTENSION = 1 << 20
 _REGULAR, _PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK = (b"0", b"\0", b"7"), (b"x", b"X"), b"g", b"L", b"K"
 _EXTENSIONS = (*_PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK)
 _NO_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
 
 
-# -- finding shards ---------------------------------------------------------------------------------------------------
-
-
-def find_shards(patterns: Iterable[str], root: str | None = None, allow_pipe: bool = False) -> tuple[list[Shard], str]:
-    """Return the shards that brace expansions, globs, folders and fsspec URLs name, by name, and the input root.
-
-    Raises InputError when a pattern matches nothing or two inputs share a relative name, ConfigError for a `pipe:` URL
-    that was not allowed.
-    """
-    urls: dict[str, int | None] = {}
-    for pattern in patterns:
-        if pattern.startswith("pipe:"):
-            if not allow_pipe:
-                raise ConfigError(f"{pattern}: runs a command; set input.allow_pipe: true to allow it")
-            urls[pattern] = None
-            continue
-        try:
-            expanded = list(braceexpand.braceexpand(pattern))
-        except ValueError as e:
-            raise InputError(f"{pattern}: its braces are not balanced") from e
-        for one in expanded:
-            urls.update(_expand(one))
-    if not urls:
-        raise InputError("no shards given; name .tar files, folders, globs or URLs")
-    paths = {url: _path_of(url) for url in urls}
-    root = _common_folder(paths.values()) if root is None else _path_of(_canonical(root)).rstrip("/")
-    shards: dict[str, Shard] = {}
-    for url, path in paths.items():
-        if not path.startswith(root.rstrip("/") + "/"):
-            raise InputError(f"{url}: not below the input root {root}; give another --out or set input.root")
-        name = path[len(root.rstrip("/")) :].lstrip("/")
-        stem = shard_stem(name)
-        if stem in shards:
-            raise InputError(f"{url} and {shards[stem].url} have the same name '{name}'; set input.root to tell apart")
-        shards[stem] = Shard(name, url, urls[url])
-    return sorted(shards.values(), key=lambda s: s.name), root
-
-
-def shard_stem(name: str) -> str:
-    """Return a shard's name without its tar suffix."""
-    return next((name[: -len(s)] for s in TAR_SUFFIXES if name.lower().endswith(s)), name)
-
-
-def _expand(pattern: str) -> dict[str, int | None]:
-    if _SCHEME.match(pattern):
-        return _expand_remote(pattern)
-    path = Path(pattern)
-    if path.is_dir():
-        files = [p for p in path.rglob("*") if p.name.lower().endswith(TAR_SUFFIXES) and p.is_file()]
-        if not files:
-            raise InputError(f"{pattern}: the folder holds no {', '.join(TAR_SUFFIXES)} file")
-    elif path.is_file():
-        files = [path]
-    else:
-        files = [Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()]
-        if not files:
-            missing = "the pattern matches no file" if glob.has_magic(pattern) else "no such file or folder"
-            raise InputError(f"{pattern}: {missing}")
-    return {os.path.abspath(p): p.stat().st_size for p in files}  # a link keeps the name that it was given
-
-
-def _expand_remote(pattern: str) -> dict[str, int | None]:
-    try:
-        fs, path = fsspec.core.url_to_fs(pattern)
-        if glob.has_magic(path):
-            paths = sorted(fs.glob(path))
-        elif not pattern.startswith("http") and fs.isdir(path):
-            paths = sorted(p for p in fs.find(path) if p.lower().endswith(TAR_SUFFIXES))
-        else:
-            paths = [path]
-        found: dict[str, int | None] = {}
-        for p in paths:
-            url = p if p.startswith("http") else fs.unstrip_protocol(p)
-            found[url] = fs.info(p).get("size")
-    except ImportError as e:
-        raise InputError(f"{pattern}: {_in_one_line(e)}; install the package for this protocol") from e
-    except Exception as e:  # fsspec's back ends raise what they like
-        raise InputError(f"{pattern}: cannot be listed: {type(e).__name__}: {_in_one_line(e)}") from e
-    if not found:
-        raise InputError(f"{pattern}: the pattern matches no file")
-    return found
-
-
-def _canonical(url: str) -> str:
-    """Return a URL as its file system itself would write it."""
-    if not _SCHEME.match(url) or url.startswith("http"):
-        return url
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except Exception as e:  # an unknown protocol, or one whose package is not installed
-        raise InputError(f"{url}: {_in_one_line(e)}") from e
-    canonical: str = fs.unstrip_protocol(path)
-    return canonical
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _path_of(url: str) -> str:
-    """Return the path by which a shard is named: its URL without the query, or the last tar in a piped command."""
-    if url.startswith("pipe:"):
-        words = [w for w in shlex.split(url) if shard_stem(w.split("?")[0]) != w.split("?")[0]]
-        if not words:
-            raise InputError(f"{url}: the command names no .tar file by which to know the shard")
-        return _path_of(words[-1])
-    if _SCHEME.match(url):
-        return url.split("?")[0].split("#")[0]
-    return os.path.abspath(url)
-
-
-def _common_folder(paths: Iterable[str]) -> str:
-    folders = [p.rsplit("/", 1)[0].split("/") for p in paths]
-    shared = []
-    for parts in zip(*folders, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return "/".join(shared)
-
-
 # -- opening a shard --------------------------------------------------------------------------------------------------
-
-
-_REMEDY = "fetch it again or pass on_bad_shard: skip"
 
 
 @contextmanager
@@ -184,15 +53,15 @@ def open_shard(shard: Shard) -> Iterator[Members]:
 
 def _unreadable(name: str, error: Exception) -> ShardError:
     if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
-        return ShardError(f"{name}: the gzip stream is cut or damaged ({_in_one_line(error)}); {_REMEDY}")
-    return ShardError(f"{name}: cannot be read: {_in_one_line(error)}; {_REMEDY}")
+        return ShardError(f"{name}: the gzip stream is cut or damaged ({in_one_line(error)}); {REMEDY}")
+    return ShardError(f"{name}: cannot be read: {in_one_line(error)}; {REMEDY}")
 
 
 @contextmanager
 def _raw(shard: Shard) -> Iterator[IO[bytes]]:
     url = shard.url
     if not url.startswith("pipe:"):
-        with fsspec.open(url, "rb") if _SCHEME.match(url) else open(url, "rb") as f:
+        with fsspec.open(url, "rb") if SCHEME.match(url) else open(url, "rb") as f:
             yield f
         return
     with subprocess.Popen(url[len("pipe:") :], shell=True, stdout=subprocess.PIPE) as process:
@@ -281,7 +150,7 @@ class Members:
         """Return exactly `size` bytes; raises ShardError naming the place where the tar ends instead."""
         data = self._read(size)
         if len(data) < size:
-            raise ShardError(f"{self.name}: ends inside {where} at byte {self._offset:,}; {_REMEDY}")
+            raise ShardError(f"{self.name}: ends inside {where} at byte {self._offset:,}; {REMEDY}")
         return data
 
     def _read(self, size: int) -> bytes:
@@ -303,7 +172,7 @@ class Members:
             yield self.take(size, "a member")
 
     def _fail(self, what: str) -> ShardError:
-        return ShardError(f"{self.name}: {what} at byte {self._offset:,}; {_REMEDY}")
+        return ShardError(f"{self.name}: {what} at byte {self._offset:,}; {REMEDY}")
 
     def _next(self) -> Member | None:
         head = b""
@@ -357,12 +226,12 @@ class Members:
         block = self._read(BLOCK)
         if not block:
             if not self._offset:
-                raise ShardError(f"{self.name}: is empty (0 bytes); {_REMEDY}")
+                raise ShardError(f"{self.name}: is empty (0 bytes); {REMEDY}")
             where = "without its end-of-archive" if first else "after an extension header"
-            raise ShardError(f"{self.name}: ends {where} at byte {self._offset:,}; {_REMEDY}")
+            raise ShardError(f"{self.name}: ends {where} at byte {self._offset:,}; {REMEDY}")
         if len(block) < BLOCK:
             what = "is not a tar" if self._offset < BLOCK else "ends inside a header"
-            raise ShardError(f"{self.name}: {what} at byte {self._offset:,}; {_REMEDY}")
+            raise ShardError(f"{self.name}: {what} at byte {self._offset:,}; {REMEDY}")
         total = sum(block)
         if not total:
             if not first:
@@ -414,26 +283,6 @@ class Members:
                 raise self._fail("a damaged pax header")
             yield keyword, value
             at += size
-
-
-# -- side-cars --------------------------------------------------------------------------------------------------------
-
-
-def check_stats(shard: Shard, samples: int) -> None:
-    """Raise ShardError when an img2dataset `_stats.json` beside the shard counts other than `samples` successes."""
-    if shard.url.startswith("pipe:"):
-        return
-    path = f"{shard_stem(shard.url.split('?')[0])}_stats.json"
-    try:
-        with fsspec.open(path, "rb") if _SCHEME.match(path) else open(path, "rb") as f:
-            stats = json.load(f)
-    except Exception:  # no side-car, or one that is none of ours: nothing to check against
-        return
-    expected = stats.get("successes") if isinstance(stats, dict) else None
-    if isinstance(expected, int) and expected != samples:
-        raise ShardError(
-            f"{shard.name}: holds {samples:,} samples, {PurePosixPath(path).name} counts {expected:,}; {_REMEDY}"
-        )
 
 
 # -- identity ---------------------------------------------------------------------------------------------------------

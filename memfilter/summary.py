@@ -59,7 +59,8 @@ def lines(info: dict[str, Any], out: str) -> list[str]:
         if shard.get("skipped"):
             text.append(f"skipped   {shard['skipped']}")
     if emptied := [s["name"] for s in info["shards"] if s.get("emptied")]:
-        text.append(f"emptied   {len(emptied):,} shards, of which no sample is kept: {', '.join(emptied[:3])} …"[:160])
+        names = ", ".join([*emptied[:3], *(["…"] if len(emptied) > 3 else [])])
+        text.append(f"emptied   {len(emptied):,} shards, of which no sample is kept: {names}")
     text.append(f"manifest  {out}/manifest" + (f", filtered shards {out}/shards" if config["output"]["shards"] else ""))
     text.append(reconciliation(counts))
     return text

@@ -25,7 +25,8 @@ from tars import BLOCK, FORMATS, Entry, ended, header_places, mended, patched, s
 
 from memfilter.errors import ConfigError, InputError, ShardError
 from memfilter.records import Shard
-from memfilter.source import Member, Members, check_stats, find_shards, open_shard, printable_key, sample_uid
+from memfilter.shards import check_stats, find_shards
+from memfilter.source import Member, Members, open_shard, printable_key, sample_uid
 
 NAME = "part/00000.tar"
 THREE = [
