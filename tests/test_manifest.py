@@ -1,0 +1,179 @@
+"""The manifest in a data loader: every sample finds its row, from whatever place it was read."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import webdataset as wds
+from conftest import encoded, picture, sample, write_tar
+from torch.utils.data import DataLoader
+
+import memfilter
+from memfilter import Config, ConfigError, Manifest, RunError
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Two folders with a shard of one name in each: six pictures, and copies of two of them that are masked."""
+    folder = tmp_path_factory.mktemp("masked")
+    for name, seeds in (("a", (0, 1, 2, 0)), ("b", (3, 4, 5, 4))):
+        members = [
+            m for i, seed in enumerate(seeds) for m in sample(f"{name}{i}", encoded(picture(seed)), f"{name} {i}")
+        ]
+        write_tar(folder / "in" / name / "00000.tar", members)
+    config = Config.parse({"policy": {"image_duplicate": "mask"}})
+    return memfilter.run([str(folder / "in")], folder / "out", config, workers=1)
+
+
+def weights(manifest: Manifest, urls: list[str], **options: Any) -> dict[str, float]:
+    data = wds.WebDataset(urls, shardshuffle=False).compose(manifest.attach(**options))
+    return {s["__key__"]: s["loss_weight"] for s in data}
+
+
+def originals(manifest: Manifest) -> list[str]:
+    assert manifest.root is not None
+    return [f"{manifest.root}/{name}" for name in manifest.shards]
+
+
+def test_weights_are_those_of_the_rows_on_original_and_filtered_shards(masked: Manifest) -> None:
+    rows = {r["key"]: r["loss_weight"] for r in masked.table(["key", "loss_weight"]).to_pylist()}
+    assert sorted(rows.values()) == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert weights(masked, originals(masked)) == rows
+    assert weights(masked, [str(masked.path / "shards" / n) for n in masked.shards]) == rows
+
+
+def test_weights_are_python_floats_for_batching(masked: Manifest) -> None:
+    assert all(type(w) is float for w in weights(masked, originals(masked)).values())
+
+
+def test_shards_are_known_by_their_longest_unique_suffix_wherever_they_are(masked: Manifest) -> None:
+    assert masked.shard_of("https://host/bucket/a/00000.tar?token=1") == "a/00000.tar"
+    assert masked.shard_of("s3://elsewhere/data/b/00000.tar") == "b/00000.tar"
+    with pytest.raises(KeyError, match="or more than one"):
+        masked.shard_of("s3://elsewhere/00000.tar")
+    with pytest.raises(KeyError, match="none of the manifest's 2 shards"):
+        masked.shard_of("s3://elsewhere/a/00001.tar")
+
+
+def test_moved_shards_are_found(masked: Manifest, tmp_path: Path) -> None:
+    shutil.copytree(Path(masked.root or ""), tmp_path / "moved")
+    assert weights(masked, [str(tmp_path / "moved" / n) for n in masked.shards]) == weights(masked, originals(masked))
+
+
+def test_a_pipe_needs_the_callers_mapping(masked: Manifest) -> None:
+    url = f"pipe:cat {originals(masked)[0]}"
+    with pytest.raises(KeyError, match="pipes="):
+        weights(masked, [url])
+    assert len(weights(masked, [url], pipes={url: "a/00000.tar"})) == 4
+
+
+def test_a_sample_that_is_not_known_is_an_error_or_counted(masked: Manifest, tmp_path: Path) -> None:
+    write_tar(tmp_path / "a" / "00000.tar", sample("a0", b"", "old") + sample("new", b"", "new"))
+    with pytest.raises(KeyError, match=r"a/00000\.tar: the manifest has no sample 'new'"):
+        weights(masked, [str(tmp_path / "a" / "00000.tar")])
+    stage = masked.attach(missing="keep")
+    data = wds.WebDataset([str(tmp_path / "a" / "00000.tar")], shardshuffle=False).compose(stage)
+    assert {s["__key__"]: s["loss_weight"] for s in data}["new"] == 1.0
+    assert stage.unknown == 1
+
+
+def test_end_of_shard_markers_pass_untouched(masked: Manifest) -> None:
+    assert list(masked.attach()([{}])) == [{}]
+
+
+def test_options_that_do_not_exist_are_refused(masked: Manifest) -> None:
+    with pytest.raises(ConfigError, match="error or keep, own or pool"):
+        masked.attach(missing="ignore")  # type: ignore[arg-type]
+
+
+def test_loader_workers_get_the_manifest(masked: Manifest) -> None:
+    data = (
+        wds.WebDataset(originals(masked), shardshuffle=False)
+        .compose(masked.attach())
+        .to_tuple("__key__", "loss_weight")
+    )
+    loaded = dict(DataLoader(data, batch_size=None, num_workers=2))
+    assert loaded == weights(masked, originals(masked))
+    again = pickle.loads(pickle.dumps(masked.attach()))
+    assert again.manifest.weight("a/00000.tar", "a0") == masked.weight("a/00000.tar", "a0")
+
+
+def test_a_row_tells_everything_of_a_sample(masked: Manifest) -> None:
+    row = masked.row("b/00000.tar", "b3")
+    twin = masked.row("b/00000.tar", "b1")
+    assert {row["action"], twin["action"]} == {"mask", "keep"}
+    assert row["image_group"] == twin["image_group"]
+    with pytest.raises(KeyError):
+        masked.row("b/00000.tar", "b9")
+
+
+def test_a_key_that_is_not_utf8_is_found_by_its_bytes(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in" / "a.tar", sample("caf\udce9", encoded(picture(1)), "latin-1"))
+    manifest = memfilter.run([str(tmp_path / "in")], tmp_path / "out", workers=1)
+    assert manifest.table()["key"].to_pylist() == [r"caf\xe9"]
+    assert manifest.weight("a.tar", b"caf\xe9") == 1
+    assert weights(manifest, originals(manifest)) == {"caf\udce9": 1.0}
+
+
+def scored(tmp_path: Path) -> Manifest:
+    """A run's manifest whose keepers' own captions were put over a threshold: written by the same stages."""
+    from memfilter import manifest as manifests
+    from memfilter import pipeline
+    from memfilter.decisions import decide
+    from memfilter.groups import distinct_captions, find_edges, group, load_samples
+    from memfilter.records import Scores
+    from memfilter.store import Store
+    from memfilter.summary import statistics
+
+    members = sample("0", encoded(picture(0, 200, 160)), "a key, known by heart") + sample(
+        "1", encoded(picture(0)), "a harmless copy"
+    )
+    members += sample("2", encoded(picture(2)), "another key, known by heart")
+    write_tar(tmp_path / "in" / "a.tar", members)
+    config = Config()
+    run = memfilter.run([str(tmp_path / "in")], tmp_path / "out", config, workers=1)
+    store = Store(run.path)
+    samples = load_samples([pipeline.Shard(s["name"], "", s["bytes"]) for s in run.info["shards"]], store)
+    captions, caption = distinct_captions(samples, store)
+    groups = group(samples, find_edges(samples, store, config), captions, caption, config)
+    high = np.array([5.0 if "key" in text else 0.5 for text in captions["text"].to_pylist()], np.float32)
+    scores = Scores(high, high / 64, None, {"conditions": 3})
+    decisions = decide(samples, groups, captions, scores, 2.0, config.policy)
+    about = {k: v for k, v in run.info.items() if k not in ("schema_version", "counts", "files", "digest")}
+    about["found"] = statistics(samples, groups, decisions, scores)
+    return manifests.write(store, samples, groups, decisions, scores, about)
+
+
+def test_a_masked_keeper_trains_on_its_pool_and_on_nothing_else(tmp_path: Path) -> None:
+    manifest = scored(tmp_path)
+    rows = {r["key"]: r for r in manifest.table().to_pylist()}
+    assert [rows[k]["action"] for k in "012"] == ["mask", "drop", "mask"]
+    assert [rows[k]["magnitude"] for k in "012"] == [5.0, 0.5, 5.0]
+    assert [rows[k]["captions"] for k in "012"] == [["a harmless copy"], None, None]
+    assert weights(manifest, originals(manifest)) == {"0": 0.0, "1": 0.0, "2": 0.0}
+    assert weights(manifest, originals(manifest), captions="pool") == {"0": 1.0, "1": 0.0, "2": 0.0}
+    stage = manifest.attach(captions="pool")
+    pooled = {
+        s["__key__"]: s.get("captions") for s in wds.WebDataset(originals(manifest), shardshuffle=False).compose(stage)
+    }
+    assert pooled == {"0": ["a harmless copy"], "1": None, "2": None}
+
+
+def test_a_directory_without_a_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no manifest"):
+        Manifest.load(tmp_path)
+
+
+def test_the_table_has_the_promised_columns(masked: Manifest) -> None:
+    assert masked.table().schema.names == [
+        *("uid", "shard", "index", "key", "action", "loss_weight", "reasons", "detail"),
+        *("canonical_uid", "match_method", "match_distance", "image_group", "caption_group"),
+        *("image_count", "caption_count", "joint_count", "duplication", "magnitude", "magnitude_eps", "captions"),
+    ]
+    assert masked.table().schema.field("uid").type == pa.binary(16)
