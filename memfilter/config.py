@@ -52,7 +52,7 @@ class Images(_Section):
 class Captions(_Section):
     """How captions are compared."""
 
-    tiers: Annotated[tuple[Literal["exact"], ...], Field(strict=False)] = ("exact",)
+    tiers: Annotated[tuple[Literal["exact"], ...], Field(min_length=1, strict=False)] = ("exact",)
 
 
 class Quantile(_Section):

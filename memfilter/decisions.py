@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from .config import Policies
-from .records import METHODS, Groups, Ints, Samples, Scores
+from .records import BAD, DROP, KEEP, MASK, METHODS, Decisions, Groups, Ints, Samples, Scores
 
-ACTIONS = ("keep", "mask", "drop", "bad")
-KEEP, MASK, DROP, BAD = range(4)
 _ACTION = {"record": KEEP, "mask": MASK, "drop": DROP}
-DUPLICATION = ("none", "caption", "partial", "full")
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """One row per sample."""
-
-    action: npt.NDArray[np.int8]  # a position in ACTIONS
-    reasons: list[npt.NDArray[np.bool_]]  # one flag column per code of `codes`
-    codes: list[str]
-    canonical: Ints  # ordinal of the sample kept in its place, -1 for none
-    duplication: npt.NDArray[np.int8]  # a position in DUPLICATION
-    pooled: pa.ListArray  # pooled captions, null where none were pooled
 
 
 def decide(
@@ -42,7 +25,8 @@ def decide(
 
     An image duplicate is any member of an image group but its keeper.  A caption duplicate is any member of a caption
     group but one: the best-ranked of those that the other policies treat the least harshly, so that a group never
-    loses its last sample to two policies at once.
+    loses its last sample to two policies at once.  The sample kept in a copy's place may itself be dropped under
+    another policy.
     """
     good, rows = samples.good, np.arange(len(samples))
     over = np.zeros(len(captions) + 1, bool)  # one more: the caption of a bad sample is row -1
@@ -87,12 +71,10 @@ def _pool(
     copies' in the order of their rank.  Empty captions are not pooled.
     """
     n = len(samples)
-    lists = samples.table["captions"].combine_chunks()
-    lists = pa.concat_arrays(lists.chunks) if isinstance(lists, pa.ChunkedArray) else lists
+    lists = samples.table["captions"].cast(pa.large_list(pa.large_string())).combine_chunks()
     own = np.flatnonzero(samples.good)
     listed = pc.list_parent_indices(lists).to_numpy()
-    texts = pc.list_flatten(lists).cast(pa.large_string())
-    listed_caption = pc.index_in(texts, captions["text"].combine_chunks().cast(pa.large_string()))
+    listed_caption = pc.index_in(pc.list_flatten(lists), captions["text"].cast(pa.large_string()).combine_chunks())
     source = np.concatenate([own, listed])
     caption = np.concatenate([groups.caption[own], listed_caption.to_numpy().astype(np.int64)])
     # a copy that is not dropped keeps its captions to itself
@@ -101,7 +83,7 @@ def _pool(
 
     has_pool = np.zeros(n, bool)
     has_pool[target[(target != source) | (place > 0)]] = True
-    empty = captions["text"].to_pylist()[:1] == [""]  # sorted: the empty text is the first
+    empty = len(captions) > 0 and captions["text"][0].as_py() == ""  # sorted: the empty text is the first
     wanted = has_pool[target] & (action[target] <= MASK) & ~over[caption] & ~((caption == 0) & empty)
     source, caption, target, place = (x[wanted] for x in (source, caption, target, place))
     order = np.lexsort((place, np.where(source == target, -1, groups.rank[source]), target))
@@ -112,7 +94,7 @@ def _pool(
     lengths = np.bincount(target, minlength=n)
     offsets = np.r_[0, np.cumsum(lengths)]
     none = ~has_pool | (action > MASK)
-    values = captions["text"].combine_chunks().take(pa.array(caption)).cast(pa.string())
+    values = captions["text"].take(pa.array(caption)).combine_chunks().cast(pa.string())
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, mask=pa.array(none))
 
 

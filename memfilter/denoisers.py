@@ -75,6 +75,8 @@ def find_model(spec: str) -> ModelFiles:
     path = _folder(spec)
     if not (path / "model_index.json").is_file():
         raise ModelError(f"{spec}: no diffusers pipeline: it has no model_index.json (save one with save_pretrained)")
+    if missing := [part for part in _PARTS if not (path / part).is_dir()]:
+        raise ModelError(f"{spec}: has no {', '.join(missing)} folder: not a whole Stable Diffusion 1 or 2 pipeline")
     parts = sorted(p for part in _PARTS for p in (path / part).rglob("*") if p.is_file() and p.suffix in _SUFFIXES)
     name = path.resolve().name if Path(spec).is_dir() else spec
     return ModelFiles(spec, name, {p.relative_to(path).as_posix(): file_digest(p) for p in parts})
@@ -194,6 +196,8 @@ def _quiet() -> Iterator[None]:
 
 def _refuse_other_families(folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise ModelError("model_index.json does not say what pipeline this is")
     name = str(index["_class_name"])
     if (
         not name.startswith("StableDiffusion")

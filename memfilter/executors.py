@@ -53,7 +53,8 @@ def run(
         names = ", ".join(sorted(what(i) for i in running.values()))
         raise WorkerError(
             f"a worker process died (killed, or out of memory) while these were in hand: {names}; "
-            "run the same command again, with fewer --workers if memory is short"
+            "run the same command again, with fewer --workers if memory is short; in a script of your own, call "
+            "memfilter under 'if __name__ == \"__main__\":'"
         ) from e
     finally:
         for process in list((pool._processes or {}).values()):

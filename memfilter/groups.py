@@ -127,9 +127,9 @@ def distinct_captions(samples: Samples, store: Store) -> tuple[pa.Table, Ints]:
 
     The table holds every text that is a sample's caption or stands in its `captions`.
     """
-    own = samples.table["caption"].combine_chunks()
-    pooled = pc.list_flatten(samples.table["captions"]).combine_chunks()
-    texts = pc.unique(pa.concat_arrays([_plain(own), _plain(pooled)]).drop_null())
+    own = _plain(samples.table["caption"])
+    pooled = _plain(pc.list_flatten(samples.table["captions"]))
+    texts = pc.unique(pa.concat_arrays([own, pooled]).drop_null())
     texts = texts.take(pc.sort_indices(texts))
     key = digest_of(["captions-1", signatures_digest(samples.shards, store)])
     table = pa.table({"text": texts})
@@ -140,13 +140,13 @@ def distinct_captions(samples: Samples, store: Store) -> tuple[pa.Table, Ints]:
 
 def caption_rows(distinct: pa.Table, texts: pa.Array) -> Ints:
     """Return the row of each text in the table of distinct captions, -1 for null."""
-    rows: Ints = pc.index_in(_plain(texts), _plain(distinct["text"])).fill_null(-1).to_numpy().astype(np.int64)
+    rows: Ints = pc.index_in(texts, _plain(distinct["text"])).fill_null(-1).to_numpy().astype(np.int64)
     return rows
 
 
-def _plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return (pa.concat_arrays(array) if isinstance(array, list) else array).cast(pa.large_string())
+def _plain(column: pa.ChunkedArray) -> pa.Array:
+    # with 64-bit offsets before the chunks are joined: captions may pass 2 GiB
+    return pa.chunked_array([c.cast(pa.large_string()) for c in column.chunks], pa.large_string()).combine_chunks()
 
 
 # -- groups -----------------------------------------------------------------------------------------------------------
@@ -215,23 +215,7 @@ def _image_groups(
     hash_has_edge[list(near_hash)] = True
     has_edge |= (hash_of[best] >= 0) & hash_has_edge[hash_of[best]]
 
-    joined = np.arange(len(best))  # of each content, the keeper's content
-    is_keeper = np.zeros(len(best), bool)  # of those visited
-    by_hash: dict[int, int] = {}  # of each hash, the best keeper within the radius
-    for c in np.flatnonzero(has_edge).tolist():
-        h = int(hash_of[best[c]])
-        near = near_content[ends[c] : ends[c + 1]]  # sorted: the first keeper is the best
-        near = near[is_keeper[near]]
-        found = near[:1].tolist()
-        if h in by_hash:
-            found.append(by_hash[h])
-        if found:
-            joined[c] = min(found)
-            continue
-        is_keeper[c] = True
-        if h >= 0:
-            for other in (h, *near_hash.get(h, ())):
-                by_hash.setdefault(other, c)
+    joined = _visit(np.flatnonzero(has_edge), hash_of[best], near_hash, ends, near_content)
 
     keeper[rows] = best[joined[content[rows]]]
     copies = rows[keeper[rows] != rows]
@@ -244,6 +228,28 @@ def _image_groups(
     rest = copies[method[copies] == 2]
     distance[rest] = _distances(edges[1], content, content[rest], content[keeper[rest]])
     return keeper, method, distance
+
+
+def _visit(contents: Ints, hash_of: Ints, near_hash: dict[int, list[int]], ends: Ints, near_content: Ints) -> Ints:
+    """Return of each content its keeper's, when these, in the order of their rank, are visited one by one."""
+    joined = np.arange(len(hash_of))
+    is_keeper = np.zeros(len(hash_of), bool)  # of those visited
+    by_hash: dict[int, int] = {}  # of each hash, the best keeper within the radius
+    for c in contents.tolist():
+        h = int(hash_of[c])
+        near = near_content[ends[c] : ends[c + 1]]  # sorted: the first keeper is the best
+        near = near[is_keeper[near]]
+        found = near[:1].tolist()
+        if h in by_hash:
+            found.append(by_hash[h])
+        if found:
+            joined[c] = min(found)
+            continue
+        is_keeper[c] = True
+        if h >= 0:
+            for other in (h, *near_hash.get(h, ())):
+                by_hash.setdefault(other, c)
+    return joined
 
 
 def _within(edges: pa.Table, distance: float) -> pa.Table:

@@ -85,17 +85,21 @@ class Scorer:
         return cls(load_denoiser(find_model(spec), dtype), seeds, batch_size)
 
     def score(self, captions: list[str]) -> Floats:
-        """Return (N, seeds) float32 raw magnitudes, one row a caption; equal token ids are scored once."""
+        """Return (N, seeds) float32 raw magnitudes, one row a caption; equal token ids are scored once.
+
+        Raises ModelError for predictions that are not finite, or that do not fit into memory.
+        """
+        import torch
+
         ids = self.denoiser.token_ids(captions) if captions else []
-        first: dict[bytes, int] = {}
-        for i, condition in enumerate(ids):
-            first.setdefault(condition, i)
-        # in the order of the ids, so that a batch holds the same captions whatever order they came in
-        order = sorted(first)
+        order, first = _conditions(ids)
         norms = np.empty((len(order), len(self.noise)), np.float32)
         for start in range(0, len(order), self.batch_size):
             batch = [captions[first[condition]] for condition in order[start : start + self.batch_size]]
-            norms[start : start + len(batch)] = self._norms(batch)
+            try:
+                norms[start : start + len(batch)] = self._norms(batch)
+            except torch.cuda.OutOfMemoryError as e:
+                raise ModelError(f"out of memory with {self.batch_size} captions; lower magnitude.batch_size") from e
         place = {condition: i for i, condition in enumerate(order)}
         return norms[[place[condition] for condition in ids]]
 
@@ -118,6 +122,17 @@ class Scorer:
 
     def _predict(self, x: torch.Tensor, timestep: int, condition: torch.Tensor) -> torch.Tensor:
         return self.denoiser.predict(x.expand(len(condition), *x.shape), timestep, condition).float()
+
+
+def _conditions(ids: list[bytes]) -> tuple[list[bytes], dict[bytes, int]]:
+    """Return the distinct ids, and of each the first place that it has.
+
+    They are sorted, so that a batch holds the same captions whatever order they came in.
+    """
+    first: dict[bytes, int] = {}
+    for i, condition in enumerate(ids):
+        first.setdefault(condition, i)
+    return sorted(first), first
 
 
 def eps_factor(prediction_type: str, alpha_bar: float) -> float:
@@ -202,10 +217,7 @@ def _table(
     ids: list[bytes] = []
     for start in range(0, len(captions), 8192):
         ids += warm.denoiser.token_ids(captions[start : start + 8192])
-    first: dict[bytes, int] = {}
-    for i, condition in enumerate(ids):
-        first.setdefault(condition, i)
-    order = sorted(first)
+    order, first = _conditions(ids)
     parts: list[pa.Table] = []
     starts = range(0, len(order), _CHUNK)
     log.info("scoring %d conditions of %d distinct captions", len(order), len(captions))

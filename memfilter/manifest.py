@@ -16,9 +16,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .config import digest_of
-from .decisions import ACTIONS, DUPLICATION, KEEP, Decisions
 from .errors import ConfigError, RunError
-from .records import MANIFEST, METHODS, Floats, Groups, Ints, Samples, Scores
+from .records import (
+    ACTIONS,
+    DUPLICATION,
+    KEEP,
+    MANIFEST,
+    METHODS,
+    Decisions,
+    Floats,
+    Groups,
+    Ints,
+    Samples,
+    Scores,
+)
 from .shards import shard_stem
 from .source import sample_uid
 from .store import Store, done, file_digest, read_table, replacing, write_json, write_table
@@ -29,33 +40,35 @@ SCHEMA_VERSION = 1
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write(
-    store: Store,
-    samples: Samples,
-    groups: Groups,
-    decisions: Decisions,
-    scores: Scores | None,
-    about: dict[str, Any],
-) -> Manifest:
-    """Write the parts, the look-up file and, last, `manifest.json`; return the manifest.
+def write_parts(
+    store: Store, samples: Samples, groups: Groups, decisions: Decisions, scores: Scores | None, own_uids: bool
+) -> None:
+    """Write the parts and the look-up file; what would not change is left as it is.
 
-    `about` is what else `manifest.json`
-    tells: configuration, versions, model, thresholds, shards.  A part that would not change is left as it is.
+    `manifest.json` is taken away: there is no finished manifest until `finish` has written it again.
     """
+    (store.manifest / "manifest.json").unlink(missing_ok=True)
     uid = pc.fill_null(samples.table["uid"], bytes(16)).combine_chunks()
     for shard, start, end in zip(samples.shards, samples.first, samples.first[1:], strict=False):
-        rows = np.arange(start, end)
         names = read_table(store.signatures(shard.name), ["uid", "index", "key", "bad", "detail"])
-        table = _rows(rows, shard.name, names, uid, groups, decisions, scores)
+        table = _rows(np.arange(start, end), shard.name, names, uid, groups, decisions, scores)
         path = store.manifest_part(shard.name)
         digest = _content_digest(table)
         if not done(path, digest):
             write_table(path, table, digest)
-    _write_lookup(store, samples, uid, decisions, own_uids=about["config"]["input"]["uid_field"] is not None)
+    _write_lookup(store, samples, uid, decisions, own_uids)
     expected = {store.manifest_part(s.name) for s in samples.shards}
     for part in (store.manifest / "parts").rglob("*.parquet"):
         if part not in expected:  # of a shard that is no longer among the inputs
             part.unlink()
+
+
+def finish(store: Store, samples: Samples, decisions: Decisions, about: dict[str, Any]) -> Manifest:
+    """Write `manifest.json`, by which a manifest is finished, and return the manifest.
+
+    `about` is what it tells beside the counts and the digests of all files: configuration, versions, model, thresholds,
+    shards, findings.
+    """
     counts = dict(zip(ACTIONS, np.bincount(decisions.action, minlength=len(ACTIONS)).tolist(), strict=True))
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -188,7 +201,10 @@ class Manifest:
             raise RunError(f"{file}: cannot be read: {e}; run the same command again") from e
         if not isinstance(info, dict) or info.get("schema_version") != SCHEMA_VERSION:
             raise RunError(f"{file}: not of schema version {SCHEMA_VERSION}; run again with this version of memfilter")
-        run = store.read_run() or {}
+        if missing := {"config", "counts", "digest", "files", "shards"} - info.keys():
+            raise RunError(f"{file}: damaged, it has no {min(missing)}; run the same command again")
+        # a manifest that was copied away without its run is found by the shards' names alone
+        run = (store.read_run() or {}) if store.run_file.exists() else {}
         return cls(store.path, info, run.get("root"))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -240,10 +256,12 @@ class Manifest:
         return Attach(self, missing, captions, dict(pipes or {}))
 
     def shard_of(self, url: str) -> str:
-        """Return the name of the shard at a URL: below the input root, or the filtered shards, or by its longest
-        path suffix that names exactly one shard.  Raises KeyError.
+        """Return the name of the shard at a URL; raises KeyError.
+
+        It is looked for below the input root, below the filtered shards, and by its longest path suffix that names
+        exactly one shard.
         """
-        path = url.split("?")[0].split("#")[0].removeprefix("file:")
+        path = url.split("?")[0].split("#")[0].removeprefix("file://").removeprefix("file:")
         known = self._names
         for root in (self.root, os.path.abspath(self.path / "shards")):
             full = path if "://" in path else os.path.abspath(path)
@@ -286,7 +304,8 @@ class Manifest:
     def _part(self, shard: int) -> pa.Table:
         if shard not in self._parts:
             self._parts.clear()  # loaders go shard by shard
-            self._parts[shard] = read_table(Store(self.path).manifest_part(self.shards[shard]))
+            name = self.info["shards"][shard]["name"]
+            self._parts[shard] = read_table(Store(self.path).manifest_part(name))
         return self._parts[shard]
 
     @cached_property
@@ -310,6 +329,8 @@ class Attach:
             yield sample
 
     def _attach(self, sample: dict[str, Any]) -> None:
+        if "__url__" not in sample:
+            raise ConfigError("a sample has no __url__; put attach() right after the shards are read, before any map")
         try:
             shard, key = self._name(sample["__url__"]), sample["__key__"]
             sample["loss_weight"] = self.manifest.weight(shard, key)

@@ -14,15 +14,15 @@ from tqdm import tqdm
 
 from . import executors, manifest, sink
 from .config import Config, digest_of
-from .decisions import ACTIONS, MASK, Decisions, decide
+from .decisions import decide
 from .denoisers import ModelFiles, find_model
 from .errors import ConfigError, RunError
 from .groups import distinct_captions, find_edges, group, load_samples
 from .magnitude import check_threshold, score_captions, threshold
 from .manifest import Manifest
-from .records import Samples, Scores, Shard
+from .records import ACTIONS, MASK, Decisions, Samples, Scores, Shard
 from .shards import find_shards
-from .signatures import DuplicateGauge, Signed, is_signed, sign, versions
+from .signatures import DuplicateGauge, Signed, is_signed, sign, versions, was_skipped
 from .store import Store, read_digest, read_note
 from .summary import statistics
 
@@ -38,7 +38,7 @@ def run(patterns: list[str], out: str | Path, config: Config | None = None, work
     # names below a root are settled by the first shard that was read
     root = config.input.root or (stored.get("root") if store.has_signatures() else None)
     shards, root = find_shards(patterns, root, config.input.allow_pipe)
-    _refuse_nesting(shards, store.path)
+    _refuse_nesting(patterns, shards, store.path)
     check_threshold(config)
     model = find_model(config.magnitude.model) if config.magnitude.model else None
     with store.locked():
@@ -64,22 +64,30 @@ def rethreshold(path: str | Path, config_file: str | Path | None = None, workers
     stored = store.read_run()
     if stored is None:
         raise RunError(f"{path}: holds no run; start one with 'memfilter run SHARDS... --out {path}'")
-    before = Config.parse(stored["config"])
+    try:
+        before = Config.parse(stored["config"])
+        shards = [Shard(*values) for values in stored["shards"]]
+        model = ModelFiles(*stored["model"]) if stored["model"] else None
+    except (KeyError, TypeError) as e:
+        raise RunError(f"{store.run_file}: damaged ({e}); run 'memfilter run' again") from e
     config = Config.load(config_file, base=before)
     check_threshold(config)
-    shards = [Shard(*values) for values in stored["shards"]]
-    model = ModelFiles(*stored["model"]) if stored["model"] else None
     if config.magnitude.model != before.magnitude.model:
         model = find_model(config.magnitude.model) if config.magnitude.model else None
     with store.locked():
         for shard in shards:
-            if not is_signed(shard, store.signatures(shard.name), config):
+            path = store.signatures(shard.name)
+            if not path.exists():
+                raise RunError(f"{store.path}: the run is not finished, {shard.name} was not read; finish it first")
+            if not is_signed(shard, path, config):
                 raise ConfigError(
-                    f"{config_file or path}: {shard.name} has no signatures under this configuration; keys of 'input', "
-                    "and images.hash, decode and encoder, need 'memfilter run'"
+                    f"{config_file or store.path}: {shard.name} has no signatures under this configuration; keys of "
+                    "'input', and images.hash, decode and encoder, need 'memfilter run'"
                 )
-        store.write_run(stored | {"config": config.model_dump(mode="json"), "model": model and astuple(model)})
-        return _decide_and_write(shards, model, store, config, workers or executors.default_workers())
+        done = _decide_and_write(shards, model, store, config, workers or executors.default_workers())
+        settings = {"config": config.model_dump(mode="json"), "model": model and astuple(model)}
+        store.write_run({**stored, **settings})
+        return done
 
 
 def _decide_and_write(
@@ -94,17 +102,20 @@ def _decide_and_write(
     decisions = decide(samples, groups, captions, scores, limit, config.policy)
     about = _about(samples, decisions, scores, limit, store, config)
     about["found"] = statistics(samples, groups, decisions, scores)
-    written = manifest.write(store, samples, groups, decisions, scores, about)
+    manifest.write_parts(store, samples, groups, decisions, scores, config.input.uid_field is not None)
     if config.output.shards:
         _write_shards(samples, decisions, store, workers)
-    return written
+    else:
+        sink.write_sizes(store.shards, {})  # those of an earlier decision go
+    return manifest.finish(store, samples, decisions, about)
 
 
 # -- the two stages that go shard by shard ----------------------------------------------------------------------------
 
 
 def _sign_all(shards: list[Shard], store: Store, config: Config, workers: int) -> None:
-    todo = [s for s in shards if not is_signed(s, store.signatures(s.name), config)]
+    # a shard that was skipped may have been out of reach for a while: it is tried again
+    todo = [s for s in shards if not is_signed(s, path := store.signatures(s.name), config) or was_skipped(path)]
     tasks = [(s, store.signatures(s.name), config) for s in todo]
     gauge, samples, bad = DuplicateGauge(), 0, 0
     with tqdm(total=len(shards), initial=len(shards) - len(todo), desc="signatures", unit="shard", disable=None) as bar:
@@ -143,11 +154,14 @@ def _scoring_bar(chunks: Iterator[int], total: int) -> Iterator[int]:
 # -- small print ------------------------------------------------------------------------------------------------------
 
 
-def _refuse_nesting(shards: list[Shard], out: Path) -> None:
-    places = {Path(os.path.abspath(out)), out.resolve()}
-    for folder in {Path(s.url).parent for s in shards if Path(s.url).is_absolute()}:
-        for place in places:
-            if place == folder or folder in place.parents or place in folder.parents:
+def _refuse_nesting(patterns: list[str], shards: list[Shard], out: Path) -> None:
+    # the folders that shards were found in, and those that were searched from the top down
+    named = [p.removeprefix("file://").split("**")[0] for p in patterns if "**" in p or os.path.isdir(p)]
+    folders = {os.path.abspath(p) for p in named} | {os.path.dirname(s.url) for s in shards if os.path.isabs(s.url)}
+    places = [Path(os.path.abspath(out)), out.resolve()]
+    for folder in sorted(folders):
+        for place, inside in [(p, f) for p in places for f in (Path(folder), Path(folder).resolve())]:
+            if place == inside or inside in place.parents or place in inside.parents:
                 raise ConfigError(f"{place}: lies in an input folder, or holds one ({folder}); give another --out")
 
 

@@ -156,3 +156,20 @@ class Scores:
     magnitude_eps: Floats
     reference: Floats | None  # magnitudes of the reference captions, where the threshold asks for them
     info: dict[str, Any]
+
+
+ACTIONS = ("keep", "mask", "drop", "bad")
+KEEP, MASK, DROP, BAD = range(4)
+DUPLICATION = ("none", "caption", "partial", "full")
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """One row per sample."""
+
+    action: npt.NDArray[np.int8]  # a position in ACTIONS
+    reasons: list[npt.NDArray[np.bool_]]  # one flag column per code of `codes`
+    codes: list[str]
+    canonical: Ints  # ordinal of the sample kept in its place, -1 for none
+    duplication: npt.NDArray[np.int8]  # a position in DUPLICATION
+    pooled: pa.ListArray  # pooled captions, null where none were pooled

@@ -28,7 +28,9 @@ def find_shards(patterns: Iterable[str], root: str | None = None, allow_pipe: bo
     that was not allowed.
     """
     urls: dict[str, int | None] = {}
-    for pattern in patterns:
+    for pattern in (p.removeprefix("file://") for p in patterns):
+        if not pattern:
+            raise InputError("an empty name was given for a shard; is a variable of the shell unset?")
         if pattern.startswith("pipe:"):
             if not allow_pipe:
                 raise ConfigError(f"{pattern}: runs a command; set input.allow_pipe: true to allow it")
@@ -43,12 +45,18 @@ def find_shards(patterns: Iterable[str], root: str | None = None, allow_pipe: bo
     if not urls:
         raise InputError("no shards given; name .tar files, folders, globs or URLs")
     paths = {url: _path_of(url) for url in urls}
-    root = _common_folder(paths.values()) if root is None else _path_of(_canonical(root)).rstrip("/")
+    root = (
+        _common_folder(paths.values())
+        if root is None
+        else _path_of(_canonical(root.removeprefix("file://"))).rstrip("/")
+    )
     shards: dict[str, Shard] = {}
     for url, path in paths.items():
         if not path.startswith(root.rstrip("/") + "/"):
             raise InputError(f"{url}: not below the input root {root}; give another --out or set input.root")
         name = path[len(root.rstrip("/")) :].lstrip("/")
+        if not name.isprintable():
+            raise InputError(f"{name!r}: a shard's name must be UTF-8 text; rename it")
         stem = shard_stem(name)
         if stem in shards:
             raise InputError(f"{url} and {shards[stem].url} have the same name '{name}'; set input.root to tell apart")
@@ -121,7 +129,10 @@ def in_one_line(error: Exception) -> str:
 def _path_of(url: str) -> str:
     """Return the path by which a shard is named: its URL without the query, or the last tar in a piped command."""
     if url.startswith("pipe:"):
-        words = [w for w in shlex.split(url) if shard_stem(w.split("?")[0]) != w.split("?")[0]]
+        try:
+            words = [w for w in shlex.split(url) if shard_stem(w.split("?")[0]) != w.split("?")[0]]
+        except ValueError as e:
+            raise InputError(f"{url}: {in_one_line(e)}") from e
         if not words:
             raise InputError(f"{url}: the command names no .tar file by which to know the shard")
         return _path_of(words[-1])

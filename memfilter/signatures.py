@@ -24,7 +24,7 @@ from .config import Config, digest_of
 from .encoders import image_encoder
 from .errors import ShardError
 from .records import Shard, signature_schema
-from .shards import check_stats
+from .shards import REMEDY, check_stats
 from .source import Member, Members, open_shard, printable_key, sample_uid
 from .store import done, read_note, write_table
 
@@ -44,13 +44,11 @@ _LIBRARIES = ("imagededup", "numpy", "pillow", "pywavelets", "scipy", "simplejpe
 
 @dataclass(frozen=True)
 class Signed:
-    """What signing one shard came to: its samples, the bad ones among them, and why it was skipped, if it was."""
+    """What signing one shard came to: its samples, the bad ones among them, and the start of each content digest."""
 
-    shard: str
     samples: int
     bad: int
-    contents: npt.NDArray[np.uint64]  # the first half of each content digest
-    skipped: str | None = None
+    contents: npt.NDArray[np.uint64]
 
 
 @cache
@@ -68,10 +66,15 @@ def signature_digest(shard: Shard, config: Config) -> str:
 
 
 def is_signed(shard: Shard, path: Path, config: Config) -> bool:
-    """Tell whether a shard's part is done; one that was skipped as bad is not, unless the config says skip."""
+    """Tell whether a shard's part is done; one that was skipped as bad is, where the config says skip."""
     return done(path, signature_digest(shard, config)) and (
-        config.input.on_bad_shard == "skip" or "skipped" not in read_note(path)
+        config.input.on_bad_shard == "skip" or not was_skipped(path)
     )
+
+
+def was_skipped(path: Path) -> bool:
+    """Tell whether a finished part stands for a shard that could not be read."""
+    return "skipped" in read_note(path)
 
 
 def sign(shard: Shard, path: Path, config: Config) -> Signed:
@@ -89,15 +92,13 @@ def sign(shard: Shard, path: Path, config: Config) -> Signed:
     except ShardError as e:
         if config.input.on_bad_shard == "stop":
             raise
-        note["skipped"] = str(e)
+        note["skipped"] = str(e).removesuffix(f"; {REMEDY}")
         table = signature_schema(encoder.dim if encoder else 0).empty_table()
     bad = table.num_rows - table["bad"].null_count
     note |= {"samples": table.num_rows, "bad": bad}
     write_table(path, table, signature_digest(shard, config), note)
     digests = b"".join(d for d in table["digest"].to_pylist() if d)
-    return Signed(
-        shard.name, table.num_rows, bad, np.frombuffer(digests, ">u8")[::2].astype(np.uint64), note.get("skipped")
-    )
+    return Signed(table.num_rows, bad, np.frombuffer(digests, ">u8")[::2].astype(np.uint64))
 
 
 class DuplicateGauge:
@@ -265,21 +266,23 @@ class Signer:
 
     def _caption(self, texts: dict[str, bytes]) -> dict[str, Any]:
         config = self.config.input
-        fields: dict[str, Any] = {}
+        from_json = config.caption == "json"
+        fields: Any = {}
         if "json" in texts:
             try:
                 fields = json.loads(texts["json"])
             except (ValueError, RecursionError) as e:
                 raise _Bad("bad_json", f"the json member cannot be read: {e}"[:200]) from e
             if not isinstance(fields, dict):
-                raise _Bad("bad_json", f"the json member holds a {type(fields).__name__}, not an object")
-        from_json = config.caption == "json"
+                if from_json or config.uid_field:
+                    raise _Bad("bad_json", f"the json member holds a {type(fields).__name__}, not an object")
+                fields = {}
         caption = (fields.get(config.caption_field) or "") if from_json else _text(texts.get("txt", b""))
-        more = fields.get("captions") or []
+        more = fields.get("captions")
+        if not isinstance(more, list) or not all(isinstance(c, str) for c in more):
+            more = []  # a field of that name with another meaning
         if not isinstance(caption, str):
             raise _Bad("bad_caption", f"{config.caption_field} in the json is a {type(caption).__name__}, not text")
-        if not isinstance(more, list) or not all(isinstance(c, str) for c in more):
-            raise _Bad("bad_caption", "captions in the json is not a list of texts")
         try:
             "".join((caption, *more)).encode()
         except UnicodeEncodeError as e:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from .config import digest_of
 from .errors import ShardError
 from .records import Shard
-from .shards import TAR_SUFFIXES, shard_stem
+from .shards import REMEDY, TAR_SUFFIXES, shard_stem
 from .source import BLOCK, Members, open_shard, printable_key
 from .store import file_digest, read_table, replacing, write_json
 
@@ -40,8 +40,8 @@ def is_written(shard: Shard, folder: Path, kept: str) -> bool:
         return False
 
 
-def write_shard(shard: Shard, folder: Path, signatures: Path, kept: npt.NDArray[np.int64], kept_as: str) -> int:
-    """Write the filtered shard and then its marker; return the number of samples in it.
+def write_shard(shard: Shard, folder: Path, signatures: Path, kept: npt.NDArray[np.int64], kept_as: str) -> None:
+    """Write the filtered shard and then its marker.
 
     By the keys in its `signatures` the shard is known to be the one that was signed.  Members that belong to no sample
     are left out; pax global headers stay.  A shard of which nothing is kept is not written.
@@ -51,16 +51,20 @@ def write_shard(shard: Shard, folder: Path, signatures: Path, kept: npt.NDArray[
     marker(folder, shard.name).unlink(missing_ok=True)
     if not len(kept):
         tar.unlink(missing_ok=True)
-        return 0
+        return
     keys: list[str] = read_table(signatures, ["key"])["key"].to_pylist()
     keep = np.zeros(len(keys), bool)
     keep[kept] = True
-    with replacing(tar) as temporary, open(temporary, "wb") as file, open_shard(shard) as members:
-        if members.compressed:
-            with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as out:
-                _copy(members, out, keep, keys)
-        else:
-            _copy(members, file, keep, keys)
+    try:
+        with replacing(tar) as temporary, open(temporary, "wb") as file, open_shard(shard) as members:
+            if members.compressed:
+                with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as out:
+                    _copy(members, out, keep, keys)
+            else:
+                _copy(members, file, keep, keys)
+    except ShardError as e:
+        advice = "bring the shard back, or set output.shards: false"
+        raise ShardError(str(e).replace(REMEDY, advice)) from e
     stats: dict[str, Any] = {
         "count": len(kept),
         "successes": len(kept),
@@ -69,7 +73,6 @@ def write_shard(shard: Shard, folder: Path, signatures: Path, kept: npt.NDArray[
         "kept": kept_as,
     }
     write_json(marker(folder, shard.name), stats)
-    return len(kept)
 
 
 def _copy(members: Members, out: IO[bytes] | gzip.GzipFile, keep: npt.NDArray[np.bool_], keys: list[str]) -> None:

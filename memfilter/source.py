@@ -54,7 +54,9 @@ def open_shard(shard: Shard) -> Iterator[Members]:
 def _unreadable(name: str, error: Exception) -> ShardError:
     if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
         return ShardError(f"{name}: the gzip stream is cut or damaged ({in_one_line(error)}); {REMEDY}")
-    return ShardError(f"{name}: cannot be read: {in_one_line(error)}; {REMEDY}")
+    # an OSError's own text holds the path, which is no part of a result
+    cause = (isinstance(error, OSError) and error.strerror) or in_one_line(error)
+    return ShardError(f"{name}: cannot be read: {cause}; {REMEDY}")
 
 
 @contextmanager

@@ -84,6 +84,8 @@ class Store:
                     f"{self.path}: holds '{min(others)}' and no memfilter run; give an empty --out"
                 ) from None
             return None
+        except NotADirectoryError:
+            raise RunError(f"{self.path}: is a file; give a folder as --out") from None
         except (OSError, ValueError) as e:
             raise RunError(f"{self.run_file}: cannot be read: {e}; delete the directory and run again") from e
         if not isinstance(stored, dict) or stored.get("format") != FORMAT:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from .decisions import ACTIONS, DUPLICATION, Decisions
-from .records import Groups, Samples, Scores
+from .records import ACTIONS, DUPLICATION, Decisions, Groups, Samples, Scores
 
 
 def statistics(samples: Samples, groups: Groups, decisions: Decisions, scores: Scores | None) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def statistics(samples: Samples, groups: Groups, decisions: Decisions, scores: S
         "duplication": dict(
             zip(DUPLICATION, np.bincount(decisions.duplication[samples.good], minlength=4).tolist(), strict=True)
         ),
-        "bad": dict(sorted(Counter(c for c in samples.table["bad"].cast("string").to_pylist() if c).items())),
+        "bad": dict(sorted(_counts(samples.table["bad"].cast("string")))),
         "blank": int(pc.sum(samples.table["blank"]).as_py() or 0),
         "without_caption": int((samples.good & samples.table["fingerprint"].is_null().to_numpy()).sum()),
     }
@@ -34,6 +33,10 @@ def statistics(samples: Samples, groups: Groups, decisions: Decisions, scores: S
             {str(q): round(float(np.quantile(own, q)), 6) for q in levels} if len(own) else {}
         )
     return found
+
+
+def _counts(column: pa.ChunkedArray) -> list[tuple[str, int]]:
+    return [(c["values"], c["counts"]) for c in column.drop_null().value_counts().to_pylist()]
 
 
 def lines(info: dict[str, Any], out: str) -> list[str]:
@@ -60,7 +63,7 @@ def lines(info: dict[str, Any], out: str) -> list[str]:
             text.append(f"skipped   {shard['skipped']}")
     if emptied := [s["name"] for s in info["shards"] if s.get("emptied")]:
         names = ", ".join([*emptied[:3], *(["…"] if len(emptied) > 3 else [])])
-        text.append(f"emptied   {len(emptied):,} shards, of which no sample is kept: {names}")
+        text.append(f"emptied   {len(emptied):,}, of which no sample is kept: {names}")
     text.append(f"manifest  {out}/manifest" + (f", filtered shards {out}/shards" if config["output"]["shards"] else ""))
     text.append(reconciliation(counts))
     return text

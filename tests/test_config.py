@@ -61,7 +61,7 @@ OTHERS: dict[str, Any] = {
     "images.encoder": None,
     "images.encoder_similarity": 1.0,
     "images.keep": ["uid"],
-    "captions.tiers": [],
+    "captions.tiers": ["exact", "exact"],
     "magnitude.model": "some/model",
     "magnitude.seeds": 4,
     "magnitude.dtype": "bfloat16",

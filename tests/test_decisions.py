@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memfilter.config import Policies
-from memfilter.decisions import ACTIONS, DUPLICATION, Decisions, decide
-from memfilter.records import METHODS, Groups, Samples, Scores, Shard, signature_schema
+from memfilter.decisions import decide
+from memfilter.records import ACTIONS, DUPLICATION, METHODS, Decisions, Groups, Samples, Scores, Shard, signature_schema
 
 THRESHOLD = 0.5
 

@@ -147,7 +147,8 @@ def scored(tmp_path: Path) -> Manifest:
     decisions = decide(samples, groups, captions, scores, 2.0, config.policy)
     about = {k: v for k, v in run.info.items() if k not in ("schema_version", "counts", "files", "digest")}
     about["found"] = statistics(samples, groups, decisions, scores)
-    return manifests.write(store, samples, groups, decisions, scores, about)
+    manifests.write_parts(store, samples, groups, decisions, scores, own_uids=False)
+    return manifests.finish(store, samples, decisions, about)
 
 
 def test_a_masked_keeper_trains_on_its_pool_and_on_nothing_else(tmp_path: Path) -> None:
@@ -163,6 +164,44 @@ def test_a_masked_keeper_trains_on_its_pool_and_on_nothing_else(tmp_path: Path) 
         s["__key__"]: s.get("captions") for s in wds.WebDataset(originals(manifest), shardshuffle=False).compose(stage)
     }
     assert pooled == {"0": ["a harmless copy"], "1": None, "2": None}
+
+
+def test_a_sample_without_a_url_is_refused(masked: Manifest) -> None:
+    with pytest.raises(ConfigError, match="right after the shards are read"):
+        list(masked.attach(missing="keep")([{"__key__": "a0"}]))
+
+
+def test_rows_are_those_of_their_shard_behind_a_skipped_one(tmp_path: Path) -> None:
+    for i in range(3):
+        members = [m for j in range(2) for m in sample(f"{i}{j}", encoded(picture(2 * i + j)))]
+        write_tar(tmp_path / "in" / f"{i}.tar", members)
+    (tmp_path / "in" / "0.tar").write_bytes((tmp_path / "in" / "0.tar").read_bytes()[:1000])
+    config = Config.parse({"input": {"on_bad_shard": "skip"}})
+    manifest = memfilter.run([str(tmp_path / "in")], tmp_path / "out", config, workers=1)
+    for shard in (1, 2):
+        for key in (f"{shard}0", f"{shard}1"):
+            row = manifest.row(f"{shard}.tar", key)
+            assert (row["shard"], row["key"]) == (f"{shard}.tar", key)
+
+
+def test_a_manifest_that_was_copied_alone_serves_a_loader(masked: Manifest, tmp_path: Path) -> None:
+    shutil.copytree(masked.path / "manifest", tmp_path / "copy" / "manifest")
+    assert weights(Manifest.load(tmp_path / "copy"), originals(masked)) == weights(masked, originals(masked))
+
+
+def test_file_urls_are_plain_paths(masked: Manifest, tmp_path: Path) -> None:
+    urls = [f"file://{path}" for path in originals(masked)]
+    assert weights(masked, urls) == weights(masked, originals(masked))
+    again = memfilter.run(urls, tmp_path / "out", Config.parse({"policy": {"image_duplicate": "mask"}}), workers=1)
+    assert again.root == masked.root
+    assert weights(again, urls) == weights(masked, urls)
+
+
+def test_a_damaged_manifest_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "manifest").mkdir()
+    (tmp_path / "manifest" / "manifest.json").write_text('{"schema_version": 1}')
+    with pytest.raises(RunError, match="damaged, it has no config"):
+        memfilter.verify(tmp_path)
 
 
 def test_a_directory_without_a_manifest_is_refused(tmp_path: Path) -> None:

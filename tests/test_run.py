@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -278,6 +279,45 @@ def test_shards_in_another_file_system_are_read(planted: Path, tmp_path: Path) -
     assert manifest.shards == [f"{i:05}.tar" for i in range(4)]
 
 
+def test_json_captions_of_another_meaning_are_no_fault(tmp_path: Path) -> None:
+    fields = [b'{"captions": "one"}', b'{"captions": [{"text": "x"}]}', b"[1, 2]", b'{"captions": null}']
+    members = [m for i, data in enumerate(fields) for m in sample(str(i), encoded(picture(i)), f"own {i}", json=data)]
+    members += sample("4", encoded(picture(4)), "own 4", json=b'{"cut')
+    write_tar(tmp_path / "in" / "a.tar", members)
+    found = rows(memfilter.run([str(tmp_path / "in")], tmp_path / "out", workers=1))
+    assert [found["a.tar", str(i)]["action"] for i in range(5)] == ["keep"] * 4 + ["bad"]
+    assert all(row["captions"] is None for row in found.values())
+
+
+def test_shards_of_an_earlier_decision_go_when_none_are_wanted(planted: Path, tmp_path: Path) -> None:
+    memfilter.run([str(planted)], tmp_path / "out", workers=1)
+    memfilter.run([str(planted)], tmp_path / "out", Config.parse({"output": {"shards": False}}), workers=1)
+    assert not list((tmp_path / "out" / "shards").rglob("*.*"))
+
+
+def test_a_run_that_cannot_write_its_shards_leaves_no_finished_manifest(planted: Path, tmp_path: Path) -> None:
+    shutil.copytree(planted, tmp_path / "in")
+    memfilter.run([str(tmp_path / "in")], tmp_path / "out", workers=1)
+    (tmp_path / "in" / "00001.tar").rename(tmp_path / "moved.tar")
+    (tmp_path / "new.yaml").write_text("policy: {image_duplicate: record}")
+    with pytest.raises(
+        ShardError, match=r"00001\.tar: cannot be read: .*; bring the shard back, or set output\.shards"
+    ):
+        memfilter.rethreshold(tmp_path / "out", tmp_path / "new.yaml", workers=1)
+    with pytest.raises(RunError, match="holds no manifest"):
+        Manifest.load(tmp_path / "out")
+    (tmp_path / "moved.tar").rename(tmp_path / "in" / "00001.tar")
+    memfilter.rethreshold(tmp_path / "out", tmp_path / "new.yaml", workers=1)
+    assert memfilter.verify(tmp_path / "out") == []
+
+
+def test_rethreshold_of_an_unfinished_run_says_so(finished: Manifest, tmp_path: Path) -> None:
+    shutil.copytree(finished.path, tmp_path / "out")
+    (tmp_path / "out" / "signatures" / "00002.tar.parquet").unlink()
+    with pytest.raises(RunError, match=r"the run is not finished, 00002\.tar was not read"):
+        memfilter.rethreshold(tmp_path / "out")
+
+
 # -- bad shards -------------------------------------------------------------------------------------------------------
 
 
@@ -372,6 +412,13 @@ def refusals(tmp_path: Path, planted: Path) -> dict[str, tuple[list[str | Path],
         "glob of nothing": ([tmp_path / "*.tgz", "--out", out], "*.tgz: the pattern matches no file"),
         "no tar": ([text, "--out", out], "text.tar: is not a tar"),
         "empty tar": ([nothing, "--out", out], "nothing.tar: is empty (0 bytes)"),
+        "out in a searched folder": ([planted.parent, "--out", planted.parent / "out"], "lies in an input folder"),
+        "out in a folder by URL": (
+            [f"file://{planted}/00000.tar", "--out", planted / "out"],
+            "lies in an input folder",
+        ),
+        "empty name": (["", "--out", out], "an empty name was given for a shard"),
+        "out is a file": ([planted, "--out", yaml_file], "is a file; give a folder as --out"),
         "out in input": ([planted, "--out", planted / "out"], "lies in an input folder"),
         "out is another folder": ([planted, "--out", busy], "holds 'thesis.doc' and no memfilter run"),
         "unknown key": ([planted, "--out", out, "--config", yaml_file], "unknown key 'images.hash_radios'; the keys"),
