@@ -75,6 +75,10 @@ def find_model(spec: str) -> ModelFiles:
     path = _folder(spec)
     if not (path / "model_index.json").is_file():
         raise ModelError(f"{spec}: no diffusers pipeline: it has no model_index.json (save one with save_pretrained)")
+    try:
+        _refuse_other_families(path)
+    except ModelError as e:
+        raise ModelError(f"{spec}: {e}") from e
     if missing := [part for part in _PARTS if not (path / part).is_dir()]:
         raise ModelError(f"{spec}: has no {', '.join(missing)} folder: not a whole Stable Diffusion 1 or 2 pipeline")
     parts = sorted(p for part in _PARTS for p in (path / part).rglob("*") if p.is_file() and p.suffix in _SUFFIXES)
@@ -131,7 +135,6 @@ class StableDiffusion:
         from diffusers import DDIMScheduler, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
 
-        _refuse_other_families(folder)
         self.device, self.dtype = device, dtype
         self._tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._text_encoder = _whole(CLIPTextModel, folder / "text_encoder").to(device, dtype).eval()
@@ -195,7 +198,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _refuse_other_families(folder: Path) -> None:
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        index = None
     if not isinstance(index, dict) or "_class_name" not in index:
         raise ModelError("model_index.json does not say what pipeline this is")
     name = str(index["_class_name"])

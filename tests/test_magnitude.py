@@ -603,3 +603,17 @@ def test_a_manifest_does_not_tell_where_the_model_lay(shards: Path, model: Path,
         memfilter.run([str(shards)], tmp_path / place / "out", config(folder, threshold=1.0), workers=1)
         trees.append(tree(tmp_path / place / "out"))
     assert trees[0] == trees[1]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "{cut", '{"_class_name": "StableDiffusionPipeline"}'])
+def test_a_folder_that_is_half_a_pipeline_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(ModelError, match=r"model_index\.json does not say|this version scores") as error:
+        find_model(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_pipeline_without_its_parts_names_them(models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_bytes((models["epsilon"] / "model_index.json").read_bytes())
+    with pytest.raises(ModelError, match="has no scheduler, text_encoder, tokenizer, unet folder"):
+        find_model(str(tmp_path))
