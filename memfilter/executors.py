@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from .errors import WorkerError
@@ -34,14 +35,15 @@ def run(
             yield function(*item)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
+    pool = ProcessPoolExecutor(workers, mp_context=context)
     waiting = iter(range(len(items)))
     running: dict[Future[R], int] = {}
     try:
         while True:
             # only a few items wait in the pool, so that an error or an interrupt leaves little to finish
             while len(running) < 2 * workers and (i := next(waiting, None)) is not None:
-                running[pool.submit(function, *items[i])] = i
+                with _interrupts_held():
+                    running[pool.submit(function, *items[i])] = i
             if not running:
                 return
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -62,6 +64,14 @@ def run(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    # Ctrl-C reaches the whole process group; the parent alone answers it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back while workers are started: they inherit that, from their first instruction on.
+
+    It reaches the whole process group, and this process alone is to answer it, as soon as the block ends.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -470,9 +470,9 @@ def test_a_directory_of_another_version_is_refused(planted: Path, tmp_path: Path
         memfilter.run([str(planted)], tmp_path / "out")
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize(("workers", "after"), [("1", 0.5), ("2", 0.05), ("2", 0.3), ("2", 2)])
 def test_ctrl_c_is_one_line_and_the_run_can_continue(
-    workers: str, finished: Manifest, planted: Path, tmp_path: Path
+    workers: str, after: float, finished: Manifest, planted: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "memfilter", "run", str(planted), "--out", str(out), "--workers", workers]
@@ -481,7 +481,7 @@ def test_ctrl_c_is_one_line_and_the_run_can_continue(
     )
     while not (out / "run.json").exists():
         time.sleep(0.01)
-    time.sleep(0.5)
+    time.sleep(after)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
