@@ -95,7 +95,8 @@ def _folder(spec: str) -> Path:
     from diffusers import DiffusionPipeline
 
     try:
-        return Path(DiffusionPipeline.download(spec, use_safetensors=True))
+        with _silent():  # but for the progress of a download
+            return Path(DiffusionPipeline.download(spec, use_safetensors=True))
     except Exception as e:  # the hub's client raises what it likes
         cause = " ".join(str(e).split())[:200]
         raise ModelError(
@@ -178,23 +179,36 @@ class StableDiffusion:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the two libraries from writing to the terminal: what matters comes as one error."""
+def _silent() -> Iterator[None]:
+    """Keep the two libraries from logging to the terminal: what matters comes as one error."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    modules = (diffusers_logging, transformers_logging)
-    before = [(m, m.get_verbosity(), m.is_progress_bar_enabled()) for m in modules]
-    for module in modules:
+    before = [(m, m.get_verbosity()) for m in (diffusers_logging, transformers_logging)]
+    for module, _ in before:
         module.set_verbosity(logging.CRITICAL)
-        module.disable_progress_bar()
     try:
         yield
     finally:
-        for module, verbosity, bar in before:
+        for module, verbosity in before:
             module.set_verbosity(verbosity)
-            if bar:
-                module.enable_progress_bar()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the two libraries from logging and from showing progress."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    with_bars = [m for m in (diffusers_logging, transformers_logging) if m.is_progress_bar_enabled()]
+    for module in with_bars:
+        module.disable_progress_bar()
+    try:
+        with _silent():
+            yield
+    finally:
+        for module in with_bars:
+            module.enable_progress_bar()
 
 
 def _refuse_other_families(folder: Path) -> None:

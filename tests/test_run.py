@@ -445,6 +445,13 @@ def test_bad_input_is_one_clear_line_and_exit_code_1(tmp_path: Path, planted: Pa
         assert error.getvalue().count("\n") == 1, name
 
 
+def test_a_model_that_is_neither_here_nor_on_the_hub_is_one_line(planted: Path, tmp_path: Path) -> None:
+    done = memfilter_command("run", planted, "--out", tmp_path / "out", "--model", "nobody-at-all/no-such-model")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("memfilter: nobody-at-all/no-such-model: neither a folder here nor")
+    assert done.stderr.count("\n") == 1
+
+
 def test_usage_errors_exit_with_2() -> None:
     assert memfilter_command("run").returncode == 2
     assert memfilter_command("run", "x", "--out", "y", "--workers", "0").returncode == 2
