@@ -30,6 +30,7 @@ class Input(_Section):
     allow_pipe: bool = False
     max_pixels: Annotated[int, Field(gt=0, le=178_956_970)] = 178_956_970  # Pillow refuses more
     max_bytes: Annotated[int, Field(gt=0)] = 256 * 2**20
+    max_memory: Annotated[int, Field(gt=0)] | None = None
     on_bad_shard: Literal["stop", "skip"] = "stop"
 
 

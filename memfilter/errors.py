@@ -6,7 +6,7 @@
     │   └── ShardError      one shard cannot be read to its end
     ├── ModelError          the diffusion model cannot be loaded or gives no usable prediction
     ├── RunError            the run directory is in use, damaged or written by another version
-    └── WorkerError         a worker process died
+    └── WorkerError         an item brought its worker down twice
 
 A bad *sample* is never an exception outside its shard: it is a manifest row with a cause.
 """
@@ -39,4 +39,4 @@ class RunError(MemfilterError):
 
 
 class WorkerError(MemfilterError):
-    """A worker process died; the message names the shards that it was working on."""
+    """A worker process died twice over one item; the message names it and the cause."""

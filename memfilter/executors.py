@@ -1,7 +1,11 @@
-"""Run one picklable function over many items, in this process or in spawned workers."""
+"""Run one picklable function over many items, in this process or in spawned workers.
+
+A worker has one item in hand at a time, so that its death is known to be that item's.
+"""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -11,9 +15,15 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import psutil
+
 from .errors import WorkerError
 
 R = TypeVar("R")
+
+log = logging.getLogger(__name__)
+
+_GLANCE = 0.05  # seconds between two looks at the workers' memory
 
 
 def default_workers() -> int:
@@ -22,46 +32,123 @@ def default_workers() -> int:
 
 
 def run(
-    function: Callable[..., R], items: Sequence[tuple[Any, ...]], workers: int, what: Callable[[int], str]
+    function: Callable[..., R],
+    items: Sequence[tuple[Any, ...]],
+    workers: int,
+    what: Callable[[int], str],
+    max_memory: int | None = None,
 ) -> Iterator[R]:
     """Yield `function(*item)` for every item, in the order in which they finish.
 
-    The first error ends the run: items that have not started are dropped and the error is raised here.  `what` names
-    an item for the WorkerError that reports a worker's death.
+    The first error ends the run: items that have not started are dropped and the error is raised here.  An item whose
+    worker dies, runs out of memory, or holds more than `max_memory` bytes is tried once more by a new worker, alone
+    and after the others; then a WorkerError names it by `what`.  A single worker is this process itself, unless its
+    memory is limited.
     """
     workers = min(workers, len(items))
-    if workers <= 1:
-        for item in items:
-            yield function(*item)
+    if workers <= 1 and max_memory is None:
+        for i, item in enumerate(items):
+            yield _here(function, item, what(i))
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context)
-    waiting = iter(range(len(items)))
-    running: dict[Future[R], int] = {}
+    waiting = [*range(len(items) - 1, -1, -1)]
+    again: list[int] = []  # to be tried alone, after the others
+    retrying = False
+    idle = [_Worker() for _ in range(workers)]
+    busy: dict[Future[R], tuple[_Worker, int]] = {}
     try:
-        while True:
-            # only a few items wait in the pool, so that an error or an interrupt leaves little to finish
-            while len(running) < 2 * workers and (i := next(waiting, None)) is not None:
-                with _interrupts_held():
-                    running[pool.submit(function, *items[i])] = i
-            if not running:
-                return
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        while waiting or busy or again:
+            if not waiting and not busy:
+                retrying = True
+                waiting.append(again.pop(0))
+            while idle and waiting:
+                worker, i = idle.pop(), waiting.pop()
+                busy[worker.start(function, items[i])] = worker, i
+            finished, _ = wait(busy, timeout=_GLANCE if max_memory else None, return_when=FIRST_COMPLETED)
+            for worker, _ in busy.values() if max_memory else ():
+                worker.hold_to(max_memory or 0)
             for future in finished:
-                result = future.result()
-                del running[future]
-                yield result
-    except BrokenProcessPool as e:
-        names = ", ".join(sorted(what(i) for i in running.values()))
-        raise WorkerError(
-            f"a worker process died (killed, or out of memory) while these were in hand: {names}; "
-            "run the same command again, with fewer --workers if memory is short; in a script of your own, call "
-            "memfilter under 'if __name__ == \"__main__\":'"
-        ) from e
+                worker, i = busy.pop(future)
+                try:
+                    result = future.result()
+                except (BrokenProcessPool, MemoryError) as e:
+                    cause = worker.end(e)
+                    if retrying:
+                        raise WorkerError(_report(what(i), cause)) from e
+                    log.warning("%s: its worker died (%s); trying it once more, last and alone", what(i), cause)
+                    again.append(i)
+                    idle.append(_Worker())
+                else:
+                    idle.append(worker)
+                    yield result
     finally:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()  # an item in flight is lost; its file appears whole or not at all
-        pool.shutdown(wait=True, cancel_futures=True)
+        for worker in [*idle, *(w for w, _ in busy.values())]:
+            worker.end()  # an item in flight is lost; its file appears whole or not at all
+
+
+def _here(function: Callable[..., R], item: tuple[Any, ...], name: str) -> R:
+    try:
+        return function(*item)
+    except MemoryError:
+        log.warning("%s: out of memory; trying it once more", name)
+    try:
+        return function(*item)
+    except MemoryError as e:
+        raise WorkerError(_report(name, "out of memory")) from e
+
+
+def _report(name: str, cause: str) -> str:
+    return (
+        f"{name}: its worker died twice ({cause}); look at this shard, or run the same command again with fewer "
+        "--workers if memory is short"
+    )
+
+
+class _Worker:
+    """One spawned process, started with its first item."""
+
+    def __init__(self) -> None:
+        self._pool = _pool()
+        self._process: Any = None
+        self._taken = 0  # bytes, once they were too many
+
+    def start(self, function: Callable[..., R], item: tuple[Any, ...]) -> Future[R]:
+        """Hand over an item."""
+        with _interrupts_held():
+            try:
+                future = self._pool.submit(function, *item)
+            except BrokenProcessPool:  # it died with nothing in hand
+                self._pool = _pool()
+                future = self._pool.submit(function, *item)
+        (self._process,) = self._pool._processes.values()
+        return future
+
+    def hold_to(self, max_memory: int) -> None:
+        """Kill the process if it holds more than so many bytes."""
+        try:
+            taken = psutil.Process(self._process.pid).memory_info().rss
+        except psutil.Error:  # it is gone, and its future will tell
+            return
+        if taken > max_memory:
+            self._taken = taken
+            self._process.kill()
+
+    def end(self, error: BaseException | None = None) -> str:
+        """End the process, whatever it does; return why it died, if it did."""
+        if self._process is not None and not isinstance(error, BrokenProcessPool):
+            self._process.terminate()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        code = self._process and self._process.exitcode  # known for sure once the pool has reaped it
+        if self._taken:
+            return f"it held {self._taken / 2**20:,.0f} MiB of memory, over input.max_memory"
+        if isinstance(error, MemoryError):
+            return "out of memory"
+        if code is not None and code < 0:
+            return f"killed by {signal.Signals(-code).name}, as when memory runs out"
+        return f"exit code {code}; in a script of your own, call memfilter under 'if __name__ == \"__main__\":'"
+
+
+def _pool() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def _decide_and_write(
     about["found"] = statistics(samples, groups, decisions, scores)
     manifest.write_parts(store, samples, groups, decisions, scores, config.input.uid_field is not None)
     if config.output.shards:
-        _write_shards(samples, decisions, store, workers)
+        _write_shards(samples, decisions, store, workers, config.input.max_memory)
     else:
         sink.write_sizes(store.shards, {})  # those of an earlier decision go
     return manifest.finish(store, samples, decisions, about)
@@ -120,7 +120,7 @@ def _sign_all(shards: list[Shard], store: Store, config: Config, workers: int) -
     gauge, samples, bad = DuplicateGauge(), 0, 0
     with tqdm(total=len(shards), initial=len(shards) - len(todo), desc="signatures", unit="shard", disable=None) as bar:
         signed: Signed
-        for signed in executors.run(sign, tasks, workers, lambda i: todo[i].name):
+        for signed in executors.run(sign, tasks, workers, lambda i: todo[i].name, config.input.max_memory):
             samples, bad = samples + signed.samples, bad + signed.bad
             gauge.add(signed.contents)
             rate = samples / max(bar.format_dict["elapsed"], 1e-6)
@@ -130,7 +130,9 @@ def _sign_all(shards: list[Shard], store: Store, config: Config, workers: int) -
             bar.update()
 
 
-def _write_shards(samples: Samples, decisions: Decisions, store: Store, workers: int) -> None:
+def _write_shards(
+    samples: Samples, decisions: Decisions, store: Store, workers: int, max_memory: int | None
+) -> None:
     tasks, counts = [], {}
     for shard, start, end in zip(samples.shards, samples.first, samples.first[1:], strict=False):
         kept = np.flatnonzero(decisions.action[start:end] <= MASK)
@@ -142,7 +144,7 @@ def _write_shards(samples: Samples, decisions: Decisions, store: Store, workers:
             tasks.append((shard, store.shards, signature, kept, kept_as))
     done = len(samples.shards) - len(tasks)
     with tqdm(total=len(samples.shards), initial=done, desc="filtered shards", unit="shard", disable=None) as bar:
-        for _ in executors.run(sink.write_shard, tasks, workers, lambda i: str(tasks[i][0].name)):
+        for _ in executors.run(sink.write_shard, tasks, workers, lambda i: str(tasks[i][0].name), max_memory):
             bar.update()
     sink.write_sizes(store.shards, counts)
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from conftest import encoded, picture, sample, write_tar
@@ -497,9 +499,11 @@ def test_ctrl_c_is_one_line_and_the_run_can_continue(
     assert tree(out) == tree(finished.path)
 
 
-def test_a_killed_worker_is_reported_with_its_shards(planted: Path, tmp_path: Path) -> None:
-    psutil = pytest.importorskip("psutil")
-    command = [sys.executable, "-m", "memfilter", "run", str(planted), "--out", str(tmp_path / "out"), "--workers", "2"]
+def test_a_killed_worker_is_reported_with_its_shard_which_another_reads(
+    finished: Manifest, planted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "memfilter", "run", str(planted), "--out", str(out), "--workers", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     workers: list[Any] = []
     while not workers:
@@ -507,6 +511,15 @@ def test_a_killed_worker_is_reported_with_its_shards(planted: Path, tmp_path: Pa
         workers = [c for c in psutil.Process(process.pid).children() if "spawn_main" in " ".join(c.cmdline())]
     workers[0].kill()
     _, error = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert error.startswith("memfilter: a worker process died (killed, or out of memory) while these were in hand: 0")
-    assert error.count("\n") == 1
+    assert process.returncode == 0
+    assert re.fullmatch(r"memfilter\.executors: 0000[0-3]\.tar: its worker died \(killed by SIGKILL.*\n", error)
+    assert tree(out) == tree(finished.path)
+
+
+def test_a_shard_that_takes_too_much_memory_stops_the_run_with_its_name(planted: Path, tmp_path: Path) -> None:
+    (tmp_path / "tight.yaml").write_text("input: {max_memory: 100000000}")
+    config = tmp_path / "tight.yaml"
+    done = memfilter_command("run", planted / "00000.tar", "--out", tmp_path / "out", "--config", config)
+    assert done.returncode == 1
+    *_, error = done.stderr.splitlines()
+    assert error.startswith("memfilter: 00000.tar: its worker died twice (it held ")
