@@ -2,7 +2,8 @@
 
 A group is a keeper and the samples with a verified edge to it.  Samples are visited in the order `images.keep`: one
 with an edge to earlier keepers joins the best-ranked of them, any other becomes a keeper.  So a chain A~B~C never joins
-what is unlike, and the result depends on no shard order.
+what is unlike, and the result depends on no shard order.  Blank images have neither hash nor embedding worth comparing:
+their edges are between equal looks.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from .config import Config, digest_of
 from .encoders import image_encoder
 from .errors import InputError
 from .joins import Pairs, embedding_join, hash_join
-from .records import EDGES, Groups, Ints, Samples, Shard
+from .records import EDGES, LOOK_SIDE, Groups, Ints, Samples, Shard
 from .store import Store, done, read_digest, read_table, write_table
 
 _STORED_RADIUS = 6  # edges are stored up to here, so that a smaller radius groups again without joining
 _STORED_SIMILARITY = 0.05  # likewise, this far below the encoder's own threshold
+_SAME_LOOK = 6  # grey levels of 255 by which any cell of two blank images' looks may differ
 
 
 def load_samples(shards: list[Shard], store: Store) -> Samples:
     """Return the signatures of all shards; raises InputError when two samples give the same uid of their own."""
-    names = ["uid", "bad", "digest", "hash", "width", "height", "bytes", "blank", "caption", "fingerprint", "captions"]
+    names = ["uid", "bad", "digest", "hash", "width", "height", "bytes", "blank", "look"]
+    names += ["caption", "fingerprint", "captions"]
     parts = [read_table(store.signatures(s.name), names) for s in shards]
     table = pa.concat_tables(parts).unify_dictionaries()
     first = np.cumsum([0, *(len(p) for p in parts)])
@@ -216,6 +219,8 @@ def _image_groups(
     has_edge |= (hash_of[best] >= 0) & hash_has_edge[hash_of[best]]
 
     joined = _visit(np.flatnonzero(has_edge), hash_of[best], near_hash, ends, near_content)
+    flat = np.flatnonzero(blank[best])
+    joined[flat] = flat[_join_looks(_looks(samples, best[flat]))]
 
     keeper[rows] = best[joined[content[rows]]]
     copies = rows[keeper[rows] != rows]
@@ -223,8 +228,10 @@ def _image_groups(
     same = content[copies] == content[kept]
     bits = np.bitwise_count(hashes[copies] ^ hashes[kept])
     by_bits = ~same & ~blank[copies] & ~blank[kept] & (bits <= config.images.hash_radius)
-    method[copies] = np.where(same, 0, np.where(by_bits, 1, 2))
+    method[copies] = np.where(same, 0, np.where(blank[copies], 3, np.where(by_bits, 1, 2)))
     distance[copies] = np.where(same, 0, bits)
+    flat = copies[method[copies] == 3]
+    distance[flat] = np.abs(_looks(samples, flat) - _looks(samples, keeper[flat])).max(1, initial=0)
     rest = copies[method[copies] == 2]
     distance[rest] = _distances(edges[1], content, content[rest], content[keeper[rest]])
     return keeper, method, distance
@@ -249,6 +256,23 @@ def _visit(contents: Ints, hash_of: Ints, near_hash: dict[int, list[int]], ends:
         if h >= 0:
             for other in (h, *near_hash.get(h, ())):
                 by_hash.setdefault(other, c)
+    return joined
+
+
+def _looks(samples: Samples, rows: Ints) -> npt.NDArray[np.int16]:
+    """Return the looks of these blank samples, (N, 64) grey levels."""
+    looks = b"".join(samples.table["look"].take(pa.array(rows)).to_pylist())
+    return np.frombuffer(looks, np.uint8).reshape(-1, LOOK_SIDE**2).astype(np.int16)
+
+
+def _join_looks(looks: npt.NDArray[np.int16]) -> Ints:
+    """Return of each look, the best first, the place of the first one like it that itself joins none."""
+    joined = np.empty(len(looks), np.int64)
+    left = np.arange(len(looks))
+    while len(left):
+        near = np.abs(looks[left] - looks[left[0]]).max(1) <= _SAME_LOOK
+        joined[left[near]] = left[0]
+        left = left[~near]
     return joined
 
 

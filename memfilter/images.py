@@ -14,7 +14,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from .records import THUMBNAIL_SIDE
+from .records import LOOK_SIDE, THUMBNAIL_SIDE
 
 HASH_SIDE = 40
 """Pixels on the shorter side that a perceptual hash needs: its grid of 32, and room to filter."""
@@ -169,10 +169,33 @@ def are_blank(small: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
     """
     if not len(small):
         return np.empty(0, bool)
+    blank: npt.NDArray[np.bool_] = (small.reshape(len(small), -1).std(1) < 4) | (_entropy(small) < 1)
+    return blank
+
+
+def are_plain(small: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Tell of each of (N, H, W) grey thumbnails whether it is blank or hardly more: less than two bits of entropy.
+
+    Such are drawings and lettering on one ground, and about one photo in 200.
+    """
+    plain: npt.NDArray[np.bool_] = are_blank(small) | (_entropy(small) < 2)
+    return plain
+
+
+def look(small: npt.NDArray[np.uint8]) -> bytes:
+    """Return the mean grey levels of 8 x 8 cells of a thumbnail, row by row."""
+    cell = len(small) // LOOK_SIDE
+    means = small.reshape(LOOK_SIDE, cell, LOOK_SIDE, cell).mean((1, 3))
+    return np.rint(means).astype(np.uint8).tobytes()
+
+
+def _entropy(small: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """Return the entropy in bits of each thumbnail's histogram of 32 levels."""
+    if not len(small):
+        return np.empty(0)
     flat = small.reshape(len(small), -1)
     levels = (flat >> 3) + 32 * np.arange(len(flat))[:, None]
     counts = np.bincount(levels.ravel(), minlength=32 * len(flat)).reshape(-1, 32)
     share = counts / flat.shape[1]
-    entropy = -(share * np.log2(np.where(share > 0, share, 1))).sum(1)
-    blank: npt.NDArray[np.bool_] = (flat.std(1) < 4) | (entropy < 1)
-    return blank
+    entropy: npt.NDArray[np.float64] = -(share * np.log2(np.where(share > 0, share, 1))).sum(1)
+    return entropy

@@ -101,7 +101,7 @@ def _decide_and_write(
     limit = threshold(config, scores, caption[samples.good])
     decisions = decide(samples, groups, captions, scores, limit, config.policy)
     about = _about(samples, decisions, scores, limit, store, config)
-    about["found"] = statistics(samples, groups, decisions, scores)
+    about["found"] = statistics(samples, groups, decisions, scores, store)
     manifest.write_parts(store, samples, groups, decisions, scores, config.input.uid_field is not None)
     if config.output.shards:
         _write_shards(samples, decisions, store, workers, config.input.max_memory)
@@ -130,9 +130,7 @@ def _sign_all(shards: list[Shard], store: Store, config: Config, workers: int) -
             bar.update()
 
 
-def _write_shards(
-    samples: Samples, decisions: Decisions, store: Store, workers: int, max_memory: int | None
-) -> None:
+def _write_shards(samples: Samples, decisions: Decisions, store: Store, workers: int, max_memory: int | None) -> None:
     tasks, counts = [], {}
     for shard, start, end in zip(samples.shards, samples.first, samples.first[1:], strict=False):
         kept = np.flatnonzero(decisions.action[start:end] <= MASK)

@@ -18,6 +18,9 @@ UID = pa.binary(16)
 THUMBNAIL_SIDE = 32
 """Side in pixels of the grey thumbnail that every signature holds."""
 
+LOOK_SIDE = 8
+"""Cells on a side of a plain image's look, by which blank images are compared."""
+
 BAD_CODES = (
     "repeated_key",  # the key comes back in its shard
     "no_image",  # no member with an image suffix
@@ -58,6 +61,7 @@ def signature_schema(dim: int) -> pa.Schema:
         pa.field("height", pa.int32()),
         pa.field("bytes", pa.int64()),  # of the image member
         pa.field("blank", pa.bool_()),  # too little structure for a perceptual comparison
+        pa.field("look", pa.binary(LOOK_SIDE**2)),  # mean grey levels in cells, of an image with hardly any structure
         pa.field("thumbnail", pa.binary(THUMBNAIL_SIDE**2)),
         pa.field("caption", pa.string()),
         pa.field("fingerprint", pa.binary(16)),  # of the normalised caption; null for an empty caption
@@ -111,8 +115,8 @@ MANIFEST = pa.schema(
     ]
 )
 
-METHODS = ("exact", "hash", "embedding")
-"""How an edge between two images was verified, the strongest first."""
+METHODS = ("exact", "hash", "embedding", "blank")
+"""How an edge between two images was verified, the strongest first; `blank` by the looks of two blank ones."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def signature_digest(shard: Shard, config: Config) -> str:
     """Return the digest of everything that shapes a shard's signatures."""
     encoder = image_encoder(config.images.encoder)
     return digest_of(
-        ["signatures-1", shard.name, shard.size, config.digest(*_CONFIG_KEYS), encoder and encoder.identity, versions()]
+        ["signatures-2", shard.name, shard.size, config.digest(*_CONFIG_KEYS), encoder and encoder.identity, versions()]
     )
 
 
@@ -198,10 +198,12 @@ class Signer:
         is_good = np.zeros(len(rows), bool)
         is_good[good] = True
         small = np.stack([rows[i]["thumbnail"] for i in good]) if good else np.empty((0, 0, 0), np.uint8)
-        for i, blank in zip(good, images.are_blank(small).tolist(), strict=True):
+        for i, blank, plain in zip(good, images.are_blank(small).tolist(), images.are_plain(small), strict=True):
             # the method's own bits of the pixels that its encode_image would bring to this size
             bits = self.hasher._hash_algo(rows[i]["hashed"])
             rows[i] |= {"hash": int.from_bytes(np.packbits(bits).tobytes(), "big"), "blank": blank}
+            if plain:
+                rows[i]["look"] = images.look(rows[i]["thumbnail"])
         columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in self.schema.names}
         columns["thumbnail"] = [row["thumbnail"].tobytes() if "thumbnail" in row else None for row in rows]
         if self.encoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .records import ACTIONS, DUPLICATION, Decisions, Groups, Samples, Scores
+from .store import Store, read_table
+
+_WAYS = {"exact": "exact", "hash": "by hash", "embedding": "by embedding", "blank": "as blank alike"}
+_LARGEST = 10
+_MANY = 3  # samples, and captions, from which on a plain picture is a placeholder
 
 
-def statistics(samples: Samples, groups: Groups, decisions: Decisions, scores: Scores | None) -> dict[str, Any]:
+def statistics(
+    samples: Samples, groups: Groups, decisions: Decisions, scores: Scores | None, store: Store
+) -> dict[str, Any]:
     """Return the figures of a run: samples by reason, groups, duplication kinds, bad samples by cause."""
-    heads = groups.image_group[groups.image_group != np.arange(len(samples))]
     caption_heads = groups.caption_group[groups.caption_group != np.arange(len(samples))]
     found: dict[str, Any] = {
         "reasons": {c: int(f.sum()) for c, f in zip(decisions.codes, decisions.reasons, strict=True)},
-        "image_groups": len(np.unique(heads)),
+        **_image_groups(samples, groups, store),
         "caption_groups": len(np.unique(caption_heads)),
         "duplication": dict(
             zip(DUPLICATION, np.bincount(decisions.duplication[samples.good], minlength=4).tolist(), strict=True)
@@ -35,6 +42,46 @@ def statistics(samples: Samples, groups: Groups, decisions: Decisions, scores: S
     return found
 
 
+def _image_groups(samples: Samples, groups: Groups, store: Store) -> dict[str, Any]:
+    """Return the figures of the groups of two or more, those of blank images and of placeholders apart.
+
+    A placeholder is one plain picture (lettering on one ground, and the like) that is there three times or more under
+    as many captions.
+    """
+    rows = np.flatnonzero(groups.image_count > 1)
+    heads, place, members = np.unique(groups.image_group[rows], return_inverse=True, return_counts=True)
+    pairs = np.unique(np.stack([place, groups.caption_group[rows]]), axis=1)
+    captions = np.bincount(pairs[0], minlength=len(heads))
+    is_blank = samples.table["blank"].fill_null(False).to_numpy()[heads]
+    is_plain = samples.table["look"].is_valid().to_numpy()[heads]
+    is_placeholder = is_plain & ~is_blank & (members >= _MANY) & (captions >= _MANY)
+    kind = np.select([is_blank, is_placeholder], ["blank", "placeholder"], "picture")
+    largest = np.lexsort((heads, -members))[:_LARGEST].tolist()
+    return {
+        "image_groups": int((kind == "picture").sum()),
+        "image_copies": int((members - 1)[kind == "picture"].sum()),
+        "blank_groups": int(is_blank.sum()),
+        "placeholder_groups": int(is_placeholder.sum()),
+        "placeholders": int(members[is_placeholder].sum()),
+        "largest_groups": [
+            {
+                **_keeper(samples, int(heads[i]), store),
+                "kind": str(kind[i]),
+                "count": int(members[i]),
+                "captions": int(captions[i]),
+            }
+            for i in largest
+        ],
+    }
+
+
+def _keeper(samples: Samples, row: int, store: Store) -> dict[str, str]:
+    shard = int(np.searchsorted(samples.first, row, "right")) - 1
+    name = samples.shards[shard].name
+    key = read_table(store.signatures(name), ["key"])["key"][row - int(samples.first[shard])].as_py()
+    return {"shard": name, "key": key, "caption": samples.table["caption"][row].as_py()[:200]}
+
+
 def _counts(column: pa.ChunkedArray) -> list[tuple[str, int]]:
     return [(c["values"], c["counts"]) for c in column.drop_null().value_counts().to_pylist()]
 
@@ -43,16 +90,17 @@ def lines(info: dict[str, Any], out: str) -> list[str]:
     """Return the summary of a finished run, the reconciliation last."""
     found, counts, config = info["found"], info["counts"], info["config"]
     reasons = found["reasons"]
-    copies = sum(reasons[f"{m}_duplicate"] for m in ("exact", "hash", "embedding"))
+    ways = ", ".join(f"{reasons[f'{m}_duplicate']:,} {words}" for m, words in _WAYS.items())
     text = [
-        f"images    {copies:,} copies in {found['image_groups']:,} groups "
-        f"({reasons['exact_duplicate']:,} exact, {reasons['hash_duplicate']:,} by hash, "
-        f"{reasons['embedding_duplicate']:,} by embedding); {found['blank']:,} blank",
+        f"images    {found['image_copies']:,} copies of {found['image_groups']:,} pictures; apart from these "
+        f"{found['blank']:,} blank images in {found['blank_groups']:,} groups and {found['placeholders']:,} "
+        f"placeholders in {found['placeholder_groups']:,}; of all copies {ways}",
         f"captions  {reasons['caption_duplicate']:,} repeats in {found['caption_groups']:,} groups; "
         f"{found['without_caption']:,} samples without a caption",
         "together  " + ", ".join(f"{n:,} {kind}" for kind, n in found["duplication"].items()),
         _magnitude(info, out),
     ]
+    text += [_group(i, largest) for i, largest in enumerate(found["largest_groups"])]
     if found["bad"]:
         text.append("bad       " + ", ".join(f"{n:,} {code}" for code, n in found["bad"].items()))
     if found["without_caption"] and found["without_caption"] == counts["read"] - counts["bad"]:
@@ -67,6 +115,19 @@ def lines(info: dict[str, Any], out: str) -> list[str]:
     text.append(f"manifest  {out}/manifest" + (f", filtered shards {out}/shards" if config["output"]["shards"] else ""))
     text.append(reconciliation(counts))
     return text
+
+
+def _group(place: int, group: dict[str, Any]) -> str:
+    kind = "" if group["kind"] == "picture" else f"{group['kind']} "
+    captions = "1 caption" if group["captions"] == 1 else f"{group['captions']:,} captions"
+    name = _printable(f"{group['shard']} {group['key']}")
+    caption = textwrap.shorten(_printable(group["caption"]), 60, placeholder=" …")
+    return f"{'' if place else 'largest':10}{group['count']:,} x {kind}{name} ({captions}) {caption}".rstrip()
+
+
+def _printable(text: str) -> str:
+    # what a stranger wrote may hold the control codes of a terminal
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def reconciliation(counts: dict[str, int]) -> str:

@@ -35,6 +35,7 @@ class Image:
     hash: int = 0
     angle: float = 0  # of its embedding, in degrees
     blank: bool = False
+    look: bytes = bytes(64)
     width: int = 100
     height: int = 100
     bytes: int = 1000
@@ -65,6 +66,7 @@ class Row:
             "height": image.height,
             "bytes": image.bytes,
             "blank": image.blank,
+            "look": image.look if image.blank else None,
             "thumbnail": bytes(1024),
             "caption": self.caption,
             "fingerprint": fingerprint(self.caption),
@@ -138,6 +140,9 @@ def edge(one: Image, other: Image, config: Config) -> tuple[str, float] | None:
     """Return method and distance of the strongest verified edge between two images."""
     if one.digest == other.digest:
         return "exact", 0
+    if one.blank and other.blank:
+        levels = max(abs(a - b) for a, b in zip(one.look, other.look, strict=True))
+        return ("blank", levels) if levels <= 6 else None
     if one.blank or other.blank:
         return None
     bits = (one.hash ^ other.hash).bit_count()
@@ -221,6 +226,7 @@ def images(draw: st.DrawFn) -> list[Image]:
             draw(hashes()),
             7 * draw(st.integers(0, 25)),
             draw(st.sampled_from([False, False, False, True])),
+            bytes([draw(st.sampled_from([0, 4, 6, 7, 10, 13, 255]))]) + bytes([draw(st.sampled_from([0, 5]))] * 63),
             draw(st.sampled_from([64, 100])),
             draw(st.sampled_from([64, 100])),
             draw(st.sampled_from([1000, 2000])),
@@ -367,12 +373,15 @@ def test_without_an_encoder_only_hashes_and_digests_join() -> None:
     assert grouped([rows_of(*images)], image_config(encoder=None)).image_group.tolist() == [0, 1]
 
 
-def test_blank_images_are_grouped_by_exact_digest_alone() -> None:
-    blank = Image(0, 0, 0, blank=True)
-    found = grouped([rows_of(blank, replace(blank, name=1), blank, Image(2, 0, 0), replace(blank, name=1))])
-    assert found.image_group.tolist() == [0, 1, 0, 3, 1]
-    assert found.image_count.tolist() == [2, 2, 2, 1, 2]
-    assert found.method.tolist() == [-1, -1, 0, -1, 0]
+def test_blank_images_are_grouped_by_their_looks_and_with_no_other() -> None:
+    blank = Image(0, 0, 0, blank=True, look=bytes([100] * 64), bytes=2000)
+    lighter = replace(blank, name=1, look=bytes([106] * 64))
+    speck = replace(blank, name=2, look=bytes([100] * 63 + [107]))
+    found = grouped([rows_of(blank, lighter, blank, speck, Image(3, 0, 0), replace(speck, bytes=1))])
+    assert found.image_group.tolist() == [0, 0, 0, 3, 4, 3]
+    assert found.image_count.tolist() == [3, 3, 3, 2, 1, 2]
+    assert ["" if m < 0 else METHODS[m] for m in found.method] == ["", "blank", "exact", "", "", "exact"]
+    assert found.distance.tolist() == [0, 6, 0, 0, 0, 0]
 
 
 def test_blank_images_alone_are_grouped() -> None:
@@ -419,7 +428,7 @@ def test_the_keeper_is_the_first_in_the_order_that_the_config_names(keep: list[s
 
 def unlike_images(n: int) -> list[Image]:
     """Return blank images, which are alike to none."""
-    return [Image(i, blank=True, bytes=1000 - i) for i in range(n)]
+    return [Image(i, blank=True, look=bytes([20 * i] * 64), bytes=1000 - i) for i in range(n)]
 
 
 def test_the_keeper_of_a_caption_group_is_the_most_used_caption_then_the_first_by_text() -> None:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from memfilter.config import Config
-from memfilter.images import HASH_SIDE, BadImage, Decoded, are_blank, decode, thumbnail
+from memfilter.images import HASH_SIDE, BadImage, Decoded, are_blank, are_plain, decode, look, thumbnail
 from memfilter.records import BAD_CODES, THUMBNAIL_SIDE
 from memfilter.signatures import Signer, hasher
 
@@ -495,3 +495,32 @@ def test_pictures_are_not_blank_and_a_placeholder_is() -> None:
 
 def test_photos_are_not_blank(real: list[bytes]) -> None:
     assert sum(is_blank(thumbnail(opened(data, full=False).pixels)) for data in real) == 0
+
+
+# -- plain ------------------------------------------------------------------------------------------------------------
+
+
+def lettering(ground: int, ink: int, side: int) -> Thumbnail:
+    image = Image.new("L", (side, side), ground)
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((4, 4, side - 5, side - 5), outline=ink, width=2)
+    draw.text((side // 8, side // 2), "IMAGE NOT AVAILABLE", fill=ink, font_size=side // 14)
+    return thumbnail(np.asarray(image))
+
+
+@pytest.mark.parametrize(("ground", "ink"), [(255, 120), (238, 150), (0, 255), (200, 60)])
+@pytest.mark.parametrize("side", [150, 300, 500])
+def test_lettering_on_one_ground_is_plain(ground: int, ink: int, side: int) -> None:
+    assert are_plain(np.stack([lettering(ground, ink, side), flat(3), noise(60)])).tolist() == [True, True, False]
+
+
+def test_pictures_and_nearly_all_photos_are_not_plain(real: list[bytes]) -> None:
+    assert not are_plain(np.stack([thumbnail(np.asarray(picture(seed))) for seed in range(50)])).any()
+    photos = np.stack([thumbnail(opened(data, full=False).pixels) for data in real])
+    assert are_plain(photos).mean() <= 0.02
+
+
+def test_a_look_holds_the_mean_levels_of_its_cells() -> None:
+    small = np.kron(np.arange(64).reshape(8, 8), np.ones((4, 4))).astype(np.uint8)
+    small[0, 0] = 16  # one pixel of the first cell's sixteen
+    assert look(small) == bytes([1, *range(1, 64)])

@@ -1,0 +1,95 @@
+"""The summary: blank images and placeholders apart from copies of pictures, and the largest groups."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from conftest import encoded, picture, sample, write_tar
+from PIL import Image, ImageDraw
+
+import memfilter
+from memfilter import Manifest
+from memfilter.summary import lines
+
+
+def flat(level: int, side: int, quality: int = 90) -> bytes:
+    return encoded(Image.new("RGB", (side, side), (level,) * 3), quality=quality)
+
+
+def placeholder(side: int) -> bytes:
+    image = Image.new("RGB", (side, side), (238,) * 3)
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((4, 4, side - 5, side - 5), outline=(120,) * 3, width=3)
+    draw.text((side // 8, side // 2), "IMAGE NOT AVAILABLE", fill=(120,) * 3, font_size=side // 12)
+    return encoded(image)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Five white images, two black, one grey; four renditions of a placeholder; thirteen pictures, once or more."""
+    folder = tmp_path_factory.mktemp("summary")
+    members = []
+    for i, side in enumerate((50, 60, 70, 80, 90)):
+        members += sample(f"white{i}", flat(255, side), f"a product, number {i}")
+    members += sample("black0", flat(0, 64), "a night") + sample("black1", flat(3, 48), "a night")
+    members += sample("grey", flat(128, 64), "fog")
+    for i, side in enumerate((160, 200, 240, 280)):
+        members += sample(f"missing{i}", placeholder(side), f"a thing that is gone, number {i}")
+    # the same plain picture under one caption is no placeholder
+    for i, side in enumerate((160, 200, 240)):
+        image = Image.open(io.BytesIO(placeholder(side))).transpose(Image.Transpose.ROTATE_90)
+        members += sample(f"sign{i}", encoded(image), "the sign")
+    for i in range(13):
+        for copy in range(1 + i):
+            data = encoded(picture(i, 160, 120), quality=95 - copy)
+            members += sample(f"picture{i:02}-{copy:02}", data, f"\x1b[31mpicture {i}\nof a series")
+    write_tar(folder / "data" / "00000.tar", members)
+    return memfilter.run([str(folder / "data")], folder / "out", workers=1)
+
+
+def test_blank_images_are_grouped_by_their_look(manifest: Manifest) -> None:
+    rows = {r["key"]: r for r in manifest.table().to_pylist()}
+    white = [rows[f"white{i}"] for i in range(5)]
+    assert [r["action"] for r in white] == ["drop"] * 4 + ["keep"]
+    assert [r["reasons"] for r in white] == [["blank_duplicate"]] * 4 + [[]]
+    assert {r["match_method"] for r in white} == {"blank", None}
+    assert rows["black0"]["action"] == "keep"
+    assert rows["black1"]["reasons"] == ["blank_duplicate", "caption_duplicate"]
+    assert rows["black1"]["match_distance"] == 3
+    assert rows["grey"]["image_count"] == 1
+
+
+def test_blank_images_and_placeholders_are_counted_apart(manifest: Manifest) -> None:
+    found = manifest.info["found"]
+    assert (found["blank"], found["blank_groups"]) == (8, 2)
+    assert (found["placeholders"], found["placeholder_groups"]) == (4, 1)
+    assert found["image_groups"] == 12 + 1
+    assert found["image_copies"] == sum(range(13)) + 2
+    text = lines(manifest.info, "out")
+    assert text[0].startswith(
+        "images    80 copies of 13 pictures; apart from these 8 blank images in 2 groups and 4 placeholders in 1; "
+    )
+
+
+def test_the_ten_largest_groups_are_told_and_no_control_code_with_them(manifest: Manifest) -> None:
+    groups = manifest.info["found"]["largest_groups"]
+    assert [g["count"] for g in groups] == [13, 12, 11, 10, 9, 8, 7, 6, 5, 5]
+    assert [g["kind"] for g in groups] == ["picture"] * 8 + ["blank", "picture"]
+    assert (groups[8]["key"], groups[8]["captions"]) == ("white4", 5)
+    text = "\n".join(lines(manifest.info, "out"))
+    assert "largest   13 x 00000.tar picture12-00 (1 caption) [31mpicture 12 of a series\n" in text
+    assert "\n          5 x blank 00000.tar white4 (5 captions) a product, number 4\n" in text
+    assert "\x1b" not in text
+
+
+def test_without_copies_there_is_no_largest_group(tmp_path: Path) -> None:
+    write_tar(tmp_path / "data" / "0.tar", sample("a", encoded(picture(1))) + sample("b", None))
+    info = memfilter.run([str(tmp_path / "data")], tmp_path / "out", workers=1).info
+    assert info["found"]["largest_groups"] == []
+    assert info["found"]["image_copies"] == info["found"]["image_groups"] == 0
+    write_tar(tmp_path / "none" / "0.tar", [])
+    assert (
+        memfilter.run([str(tmp_path / "none")], tmp_path / "nothing", workers=1).info["found"]["largest_groups"] == []
+    )
