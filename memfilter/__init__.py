@@ -9,8 +9,9 @@ from importlib.metadata import version
 
 from .config import Config
 from .errors import ConfigError, InputError, MemfilterError, ModelError, RunError, ShardError, WorkerError
-from .manifest import Manifest, verify
+from .manifest import Manifest
 from .pipeline import rethreshold, run
+from .verification import verify
 
 __version__ = version("memfilter")
 

@@ -65,8 +65,8 @@ def rethreshold(directory: Path, config: Path | None, workers: int | None) -> No
 def verify(directory: Path) -> None:
     """Check every byte and count of a finished run in DIRECTORY."""
     from .manifest import Manifest
-    from .manifest import verify as check
     from .summary import reconciliation
+    from .verification import verify as check
 
     problems = check(directory, lambda names: tqdm(names, desc="verify", unit="file", disable=None))
     if problems:

@@ -186,7 +186,7 @@ def look(small: npt.NDArray[np.uint8]) -> bytes:
     """Return the mean grey levels of 8 x 8 cells of a thumbnail, row by row."""
     cell = len(small) // LOOK_SIDE
     means = small.reshape(LOOK_SIDE, cell, LOOK_SIDE, cell).mean((1, 3))
-    return np.rint(means).astype(np.uint8).tobytes()
+    return bytes(np.rint(means).astype(np.uint8).ravel())
 
 
 def _entropy(small: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:

@@ -1,11 +1,11 @@
-"""The manifest: one row per sample with what was decided and why; written, read, looked up and verified here."""
+"""The manifest: one row per sample with what was decided and why; written, read and looked up here."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .config import digest_of
 from .errors import ConfigError, RunError
 from .records import (
     ACTIONS,
@@ -30,9 +29,8 @@ from .records import (
     Samples,
     Scores,
 )
-from .shards import shard_stem
 from .source import sample_uid
-from .store import Store, done, file_digest, read_table, replacing, write_json, write_table
+from .store import Store, done, file_digest, read_table, replacing, write_sealed, write_table
 
 SCHEMA_VERSION = 1
 
@@ -76,7 +74,7 @@ def finish(store: Store, samples: Samples, decisions: Decisions, about: dict[str
         **about,
         "files": _files(store, samples, about),
     }
-    write_json(store.manifest / "manifest.json", {**content, "digest": digest_of(content)})
+    write_sealed(store.manifest / "manifest.json", content)
     return Manifest.load(store.path)
 
 
@@ -89,6 +87,8 @@ def _files(store: Store, samples: Samples, about: dict[str, Any]) -> dict[str, s
         paths.append(store.edges / "embedding.parquet")
     if about["magnitude"] is not None:
         paths.append(store.scores / "captions.parquet")
+        if isinstance(config["magnitude"]["threshold"], dict) and "reference" in config["magnitude"]["threshold"]:
+            paths.append(store.scores / "reference.parquet")
     return {p.relative_to(store.path).as_posix(): file_digest(p) for p in paths}
 
 
@@ -358,57 +358,3 @@ class Attach:
         policy = self.manifest.info["config"]["policy"]
         others = {r: policy["caption_duplicate" if r == "caption_duplicate" else "image_duplicate"] for r in reasons}
         return all(p == "record" for r, p in others.items() if r != "magnitude")
-
-
-# -- verifying --------------------------------------------------------------------------------------------------------
-
-
-def verify(path: str | Path, progress: Callable[[list[str]], Iterable[str]] = iter) -> list[str]:
-    """Return what is wrong with a finished run, one line each: nothing when every byte and count is as it was written.
-
-    Checked are the digests of all files, that read = keep + mask + drop + bad and that the parts and the filtered
-    shards hold exactly that.
-    """
-    manifest = Manifest.load(path)
-    store = Store(path)
-    info = {k: v for k, v in manifest.info.items() if k != "digest"}
-    problems = []
-    if digest_of(info) != manifest.info.get("digest"):
-        problems.append("manifest/manifest.json: its content does not match its digest")
-    for name in progress(sorted(info["files"])):
-        try:
-            if file_digest(store.path / name) != info["files"][name]:
-                problems.append(f"{name}: its bytes have changed")
-        except OSError as e:
-            problems.append(f"{name}: cannot be read: {e.strerror}")
-    counts = manifest.counts
-    if counts["read"] != sum(counts[a] for a in ACTIONS):
-        problems.append(f"counts: {counts['read']} read is not the sum of {counts}")
-    if problems:
-        return problems
-    actions = manifest.table(["action"])["action"].value_counts().to_pylist()
-    held = {a["values"]: a["counts"] for a in actions}
-    if held != {a: counts[a] for a in ACTIONS if counts[a]}:
-        problems.append(f"counts: the parts hold {held}, manifest.json says {counts}")
-    if info["config"]["output"]["shards"]:
-        for shard in info["shards"]:
-            problems += _verify_shard(store, shard)
-    return problems
-
-
-def _verify_shard(store: Store, shard: dict[str, Any]) -> Iterator[str]:
-    kept = 0 if shard.get("skipped") else shard["keep"] + shard["mask"]
-    tar = store.shards / shard["name"]
-    stats = store.shards / f"{shard_stem(shard['name'])}_stats.json"
-    if not kept:
-        if tar.exists():
-            yield f"shards/{shard['name']}: is there, and no sample of it was kept"
-        return
-    try:
-        written = json.loads(stats.read_text(encoding="utf-8"))
-        if file_digest(tar) != written["digest"]:
-            yield f"shards/{shard['name']}: its bytes have changed"
-        if written["successes"] != kept:
-            yield f"shards/{shard['name']}: holds {written['successes']} samples, the manifest keeps {kept}"
-    except (OSError, ValueError, KeyError) as e:
-        yield f"shards/{shard['name']}: missing or not finished ({e}); run the same command again"

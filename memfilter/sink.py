@@ -16,7 +16,7 @@ from .errors import ShardError
 from .records import Shard
 from .shards import REMEDY, TAR_SUFFIXES, shard_stem
 from .source import BLOCK, Members, open_shard, printable_key
-from .store import file_digest, read_table, replacing, write_json
+from .store import canonical, file_digest, read_table, replacing, write_json
 
 _RECORD = 20 * BLOCK  # what tar pads an archive to
 
@@ -65,14 +65,18 @@ def write_shard(shard: Shard, folder: Path, signatures: Path, kept: npt.NDArray[
     except ShardError as e:
         advice = "bring the shard back, or set output.shards: false"
         raise ShardError(str(e).replace(REMEDY, advice)) from e
-    stats: dict[str, Any] = {
-        "count": len(kept),
-        "successes": len(kept),
+    write_json(marker(folder, shard.name), stats(tar, len(kept), kept_as))
+
+
+def stats(tar: Path, count: int, kept_as: str) -> dict[str, Any]:
+    """Return what the marker of a filtered shard of so many samples holds; raises OSError for one that is not there."""
+    return {
+        "count": count,
+        "successes": count,
         "bytes": tar.stat().st_size,
         "digest": file_digest(tar),
         "kept": kept_as,
     }
-    write_json(marker(folder, shard.name), stats)
 
 
 def _copy(members: Members, out: IO[bytes] | gzip.GzipFile, keep: npt.NDArray[np.bool_], keys: list[str]) -> None:
@@ -88,15 +92,24 @@ def _copy(members: Members, out: IO[bytes] | gzip.GzipFile, keep: npt.NDArray[np
     out.write(bytes(2 * BLOCK + -(size + 2 * BLOCK) % _RECORD))
 
 
+def sizes(folder: Path, counts: dict[str, int]) -> dict[Path, dict[str, int]]:
+    """Return each `sizes.json` of a folder of filtered shards, and the samples by file name that it holds.
+
+    `counts` are of all filtered shards by relative name.
+    """
+    by_folder: defaultdict[Path, dict[str, int]] = defaultdict(dict)
+    for name, count in counts.items():
+        tar = folder / name
+        by_folder[tar.parent / "sizes.json"][tar.name] = count
+    return by_folder
+
+
 def write_sizes(folder: Path, counts: dict[str, int]) -> None:
     """Write a `sizes.json` of samples by file name into each folder of filtered shards, and remove what is stale.
 
     `counts` are of all filtered shards by relative name; shards of other names that carry a marker are removed.
     """
-    by_folder: defaultdict[str, dict[str, int]] = defaultdict(dict)
-    for name, count in counts.items():
-        parent, _, file = name.rpartition("/")
-        by_folder[parent][file] = count
+    wanted = sizes(folder, counts)
     expected = {marker(folder, name) for name in counts}
     tars = {folder / name for name in counts}
     for found in list(folder.rglob("*_stats.json")):
@@ -106,10 +119,8 @@ def write_sizes(folder: Path, counts: dict[str, int]) -> None:
                 tar.unlink(missing_ok=True)
         if found not in expected:
             found.unlink()
-    for sizes in folder.rglob("sizes.json"):
-        if sizes.parent.relative_to(folder).as_posix().removeprefix(".") not in by_folder:
-            sizes.unlink()
-    for parent, values in by_folder.items():
-        path, text = folder / parent / "sizes.json", json.dumps(values, indent=1, sort_keys=True) + "\n"
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            write_json(path, values)
+    for stale in set(folder.rglob("sizes.json")) - wanted.keys():
+        stale.unlink()
+    for path, content in wanted.items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != canonical(content):
+            write_json(path, content)

@@ -9,22 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .config import digest_of
 from .errors import RunError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the run directory's layout; another version's directory is refused."""
 
 _DIGEST = b"memfilter.digest"
 _NOTE = b"memfilter.note"
+_SEAL = b"memfilter.seal"
+_BLANK_SEAL = b"0" * 32
 _DICTIONARIES = ["bad", "detail", "shard", "action", "reasons", "match_method", "duplication"]
 
 
@@ -93,11 +97,14 @@ class Store:
                 f"{self.path}: was written in format {stored.get('format') if isinstance(stored, dict) else None}, "
                 f"this version writes format {FORMAT}; give another --out"
             )
+        if not is_sealed(self.run_file):
+            raise RunError(f"{self.run_file}: its bytes have changed; delete the directory and run again")
+        del stored["digest"]
         return stored
 
     def write_run(self, values: dict[str, Any]) -> None:
         """Store what later commands on this directory need."""
-        write_json(self.run_file, {"format": FORMAT, **values})
+        write_sealed(self.run_file, {"format": FORMAT, **values})
 
 
 @contextmanager
@@ -115,15 +122,39 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def canonical(value: Any) -> str:
+    """Return the one JSON text in which a value is written."""
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write canonical JSON, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(canonical(value), encoding="utf-8")
+
+
+def write_sealed(path: Path, values: dict[str, Any]) -> None:
+    """Write canonical JSON with a digest of its own, by which `is_sealed` knows that no byte has changed."""
+    write_json(path, {**values, "digest": digest_of(values)})
+
+
+def is_sealed(path: Path) -> bool:
+    """Tell whether every byte of a file is as `write_sealed` wrote it."""
+    data = path.read_bytes()
+    try:
+        values = json.loads(data)
+        text = canonical(values)
+        return bool(values.pop("digest") == digest_of(values) and text.encode() == data)
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return False
 
 
 def write_table(path: Path, table: pa.Table, digest: str, note: dict[str, Any] | None = None) -> None:
-    """Write a parquet file with page checksums that `done(path, digest)` recognises; `note` is kept beside it."""
-    metadata = {**(table.schema.metadata or {}), _DIGEST: digest.encode()}
+    """Write a parquet file that `done(path, digest)` recognises; `note` is kept beside it.
+
+    Its pages have checksums, and its footer a seal: the digest of all its bytes with the seal itself blank.
+    """
+    metadata = {**(table.schema.metadata or {}), _DIGEST: digest.encode(), _SEAL: _BLANK_SEAL}
     if note is not None:
         metadata[_NOTE] = json.dumps(note, sort_keys=True).encode()
     with replacing(path) as temporary:
@@ -135,6 +166,11 @@ def write_table(path: Path, table: pa.Table, digest: str, note: dict[str, Any] |
             use_dictionary=_DICTIONARIES,
             write_page_checksum=True,
         )
+        with open(temporary, "r+b") as f:
+            at, _ = _find_seal(f)
+            seal = _digest_without_seal(f, at).encode()
+            f.seek(at)
+            f.write(seal)
 
 
 def done(path: Path, digest: str) -> bool:
@@ -172,9 +208,43 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 
 def file_digest(path: Path) -> str:
-    """Return the blake2b-128 hex digest of a file's bytes."""
-    digest = hashlib.blake2b(digest_size=16)
+    """Return the blake2b-128 hex digest of a file's bytes; of a table's, with its seal blank.
+
+    Raises RunError for a table that its seal does not fit, OSError for a file that cannot be read.
+    """
     with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
+        if path.suffix != ".parquet":
+            return _digest_without_seal(f, None)
+        at, seal = _find_seal(f)
+        digest = _digest_without_seal(f, at)
+    if seal != digest.encode():
+        raise RunError(f"{path}: its bytes have changed; delete it and run the same command again")
+    return digest
+
+
+def _find_seal(f: IO[bytes]) -> tuple[int, bytes]:
+    """Return where in a parquet file the seal begins, and the seal; what there is no place for has an empty one."""
+    size = f.seek(0, os.SEEK_END)
+    f.seek(max(size - 8, 0))
+    footer = min(int.from_bytes(f.read(4), "little") + 8, size)
+    f.seek(size - footer)
+    data = f.read()
+    at = data.rfind(_SEAL) + len(_SEAL) + 2  # behind the key come the type and the length of the value
+    return (size - footer + at, data[at : at + len(_BLANK_SEAL)]) if at > len(_SEAL) + 1 else (size, b"")
+
+
+def _digest_without_seal(f: IO[bytes], seal: int | None) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+
+    def feed(size: int) -> None:
+        while size and (chunk := f.read(min(size, 1 << 20))):
             digest.update(chunk)
+            size -= len(chunk)
+
+    f.seek(0)
+    if seal is not None:
+        feed(seal)
+        digest.update(_BLANK_SEAL)
+        f.seek(len(_BLANK_SEAL), os.SEEK_CUR)
+    feed(sys.maxsize)
     return digest.hexdigest()
