@@ -117,7 +117,7 @@ def load_denoiser(model: ModelFiles, dtype: str) -> Denoiser:
     kind = {"auto": "float16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
     folder = _folder(model.spec)
     try:
-        with _quiet():
+        with quiet():
             return StableDiffusion(folder, device, getattr(torch, kind))
     except ModelError as e:
         raise ModelError(f"{model.spec}: {e}") from e
@@ -195,7 +195,7 @@ def _silent() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the two libraries from logging and from showing progress."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

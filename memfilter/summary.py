@@ -9,10 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .records import ACTIONS, DUPLICATION, Decisions, Groups, Samples, Scores
+from .records import ACTIONS, DUPLICATION, METHODS, Decisions, Groups, Samples, Scores
 from .store import Store, read_table
 
-_WAYS = {"exact": "exact", "hash": "by hash", "embedding": "by embedding", "blank": "as blank alike"}
 _LARGEST = 10
 _MANY = 3  # samples, and captions, from which on a plain picture is a placeholder
 
@@ -57,9 +56,10 @@ def _image_groups(samples: Samples, groups: Groups, store: Store) -> dict[str, A
     is_placeholder = is_plain & ~is_blank & (members >= _MANY) & (captions >= _MANY)
     kind = np.select([is_blank, is_placeholder], ["blank", "placeholder"], "picture")
     largest = np.lexsort((heads, -members))[:_LARGEST].tolist()
+    of_pictures = np.bincount(groups.method[rows][kind[place] == "picture"] + 1, minlength=len(METHODS) + 1)
     return {
         "image_groups": int((kind == "picture").sum()),
-        "image_copies": int((members - 1)[kind == "picture"].sum()),
+        "image_copies": dict(zip(METHODS[:-1], of_pictures[1:-1].tolist(), strict=True)),
         "blank_groups": int(is_blank.sum()),
         "placeholder_groups": int(is_placeholder.sum()),
         "placeholders": int(members[is_placeholder].sum()),
@@ -90,11 +90,12 @@ def lines(info: dict[str, Any], out: str) -> list[str]:
     """Return the summary of a finished run, the reconciliation last."""
     found, counts, config = info["found"], info["counts"], info["config"]
     reasons = found["reasons"]
-    ways = ", ".join(f"{reasons[f'{m}_duplicate']:,} {words}" for m, words in _WAYS.items())
+    copies = found["image_copies"]
     text = [
-        f"images    {found['image_copies']:,} copies of {found['image_groups']:,} pictures; apart from these "
-        f"{found['blank']:,} blank images in {found['blank_groups']:,} groups and {found['placeholders']:,} "
-        f"placeholders in {found['placeholder_groups']:,}; of all copies {ways}",
+        f"images    {sum(copies.values()):,} copies of {found['image_groups']:,} pictures ({copies['exact']:,} exact, "
+        f"{copies['hash']:,} by hash, {copies['embedding']:,} by embedding)",
+        f"apart     {found['blank']:,} blank images, in {found['blank_groups']:,} groups, "
+        f"and {found['placeholders']:,} placeholders, in {found['placeholder_groups']:,}",
         f"captions  {reasons['caption_duplicate']:,} repeats in {found['caption_groups']:,} groups; "
         f"{found['without_caption']:,} samples without a caption",
         "together  " + ", ".join(f"{n:,} {kind}" for kind, n in found["duplication"].items()),

@@ -66,11 +66,10 @@ def test_blank_images_and_placeholders_are_counted_apart(manifest: Manifest) -> 
     assert (found["blank"], found["blank_groups"]) == (8, 2)
     assert (found["placeholders"], found["placeholder_groups"]) == (4, 1)
     assert found["image_groups"] == 12 + 1
-    assert found["image_copies"] == sum(range(13)) + 2
+    assert sum(found["image_copies"].values()) == sum(range(13)) + 2
     text = lines(manifest.info, "out")
-    assert text[0].startswith(
-        "images    80 copies of 13 pictures; apart from these 8 blank images in 2 groups and 4 placeholders in 1; "
-    )
+    assert text[0].startswith("images    80 copies of 13 pictures (0 exact, ")
+    assert text[1] == "apart     8 blank images, in 2 groups, and 4 placeholders, in 1"
 
 
 def test_the_ten_largest_groups_are_told_and_no_control_code_with_them(manifest: Manifest) -> None:
@@ -88,7 +87,8 @@ def test_without_copies_there_is_no_largest_group(tmp_path: Path) -> None:
     write_tar(tmp_path / "data" / "0.tar", sample("a", encoded(picture(1))) + sample("b", None))
     info = memfilter.run([str(tmp_path / "data")], tmp_path / "out", workers=1).info
     assert info["found"]["largest_groups"] == []
-    assert info["found"]["image_copies"] == info["found"]["image_groups"] == 0
+    assert info["found"]["image_copies"] == {"exact": 0, "hash": 0, "embedding": 0}
+    assert info["found"]["image_groups"] == 0
     write_tar(tmp_path / "none" / "0.tar", [])
     assert (
         memfilter.run([str(tmp_path / "none")], tmp_path / "nothing", workers=1).info["found"]["largest_groups"] == []

@@ -1,31 +1,33 @@
-"""A small data set with planted truth, made by our own code, and the main job on it."""
+"""The demo's samples: pictures and captions made by our own code, with copies of a known kind among them."""
 
 from __future__ import annotations
 
 import io
 import tarfile
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
-from . import pipeline, summary
-from .config import Config
-from .manifest import Manifest
-
 SEED = 20231
-_SINGLES = 400
+PAIRS = 40
+"""Specific pairs that are repeated, and as many that are there once."""
+TIMES = 25
+"""How often a repeated pair is there."""
+_SINGLES = 800
 _A_KIND = 20
-_REPEATS = 5
-_PER_SHARD = 150
+_PER_SHARD = 250
 
 
 @dataclass(frozen=True)
 class Planted:
-    """One sample of the demo: its image file, its caption, and of what kind of which original it is a copy."""
+    """One sample of the demo: its image file, its caption, of what kind it is, and of which original it is a copy.
+
+    `kind` is `single` for a picture with an ordinary caption, `specific` for one with a caption full of names, and else
+    the kind of copy; `original` is a place in the list of samples, -1 for what is no copy.
+    """
 
     data: bytes
     caption: str
@@ -77,6 +79,8 @@ def picture(random: np.random.Generator) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(0.8))
 
 
+# -- captions ---------------------------------------------------------------------------------------------------------
+
 _COLOURS = (
     "amber azure black bronze coral crimson emerald golden grey indigo ivory jade lilac ochre olive pearl".split()
 )
@@ -86,44 +90,76 @@ _THINGS = (
 _PLACES = (
     "at dawn|by the river|in the rain|near the coast|on a hill|under a bridge|in winter light|before a storm".split("|")
 )
+_SYLLABLES = "bar dor fen gal hul ith jor kel lun mir nol osk pel quin rav sol tam ulm vor wes yar zin".split()
+_OFFICES = "captain|chemist|clockmaker|composer|duchess|engraver|gardener|glassblower|mayor|pilot|poet|surgeon".split(
+    "|"
+)
 
 
-def captions(random: np.random.Generator) -> Iterator[str]:
-    """Yield captions that differ from one another."""
+def ordinary_captions(random: np.random.Generator) -> Iterator[str]:
+    """Yield captions of two things in a place, as many samples might have, each once."""
     n = len(_COLOURS) * len(_THINGS)
     for i in random.permutation(n * n * len(_PLACES)):
         (first, second), place = divmod(int(i) % (n * n), n), _PLACES[int(i) // (n * n)]
-        one = f"{_COLOURS[first % 16]} {_THINGS[first // 16]}"
-        yield f"a {one} and a {_COLOURS[second % 16]} {_THINGS[second // 16]} {place}"
+        yield f"{_thing(first)} and {_thing(second)} {place}"
+
+
+def _thing(i: int) -> str:
+    colour, thing = _COLOURS[i % len(_COLOURS)], _THINGS[i // len(_COLOURS)]
+    return f"{'an' if colour[0] in 'aeio' else 'a'} {colour} {thing}"
+
+
+def specific_captions(random: np.random.Generator) -> Iterator[str]:
+    """Yield captions full of names, such as act as a key to one picture, each once."""
+    seen: set[str] = set()
+    while True:
+        first, last, town = ("".join(random.choice(_SYLLABLES, 2)).capitalize() for _ in range(3))
+        office, year = random.choice(_OFFICES), random.integers(1700, 2000)
+        caption = f"{first} {last}, {office} of {town}, {year}"
+        if caption not in seen:
+            seen.add(caption)
+            yield caption
+
+
+# -- samples ----------------------------------------------------------------------------------------------------------
 
 
 def samples() -> list[Planted]:
-    """Return the demo's samples, shuffled; `original` is a place in the list."""
+    """Return the demo's samples, shuffled."""
     random = np.random.default_rng(SEED)
-    texts = captions(random)
-    images = [picture(random) for _ in range(_SINGLES)]
-    planted = [Planted(_jpeg(image), next(texts)) for image in images]
+    ordinary, specific = ordinary_captions(random), specific_captions(random)
+    images = [picture(random) for _ in range(_SINGLES + 2 * PAIRS)]
+    planted = [Planted(_jpeg(image), next(ordinary)) for image in images[:_SINGLES]]
+    planted += [Planted(_jpeg(image), next(specific), "specific") for image in images[_SINGLES:]]
     chosen = iter(random.permutation(_SINGLES).tolist())
     for kind, edit in IMAGE_KINDS.items():
         for _ in range(_A_KIND):
             original = next(chosen)
-            planted.append(Planted(edit(images[original]), next(texts), kind, original))
+            planted.append(Planted(edit(images[original]), next(ordinary), kind, original))
     for _ in range(_A_KIND):
         original = next(chosen)
-        planted.append(
-            Planted(_jpeg(picture(random)), planted[original].caption.upper() + "!", "repeated caption", original)
-        )
-    for _ in range(_A_KIND // 2):
-        original = next(chosen)
-        for i in range(_REPEATS):
-            data = _jpeg(images[original], 60 + 5 * i)
+        caption = planted[original].caption.upper() + "!"
+        planted.append(Planted(_jpeg(picture(random)), caption, "repeated caption", original))
+    for original in range(_SINGLES, _SINGLES + PAIRS):
+        for i in range(TIMES - 1):
+            data = _jpeg(images[original], 50 + 2 * i)
             planted.append(Planted(data, planted[original].caption, "repeated pair", original))
-    planted.append(Planted(planted[next(chosen)].data[:2000], next(texts), "corrupt"))
-    planted.append(Planted(b"<html>404 Not Found</html>", next(texts), "corrupt"))
+    planted.append(Planted(planted[next(chosen)].data[:2000], next(ordinary), "corrupt"))
+    planted.append(Planted(b"<html>404 Not Found</html>", next(ordinary), "corrupt"))
     order = random.permutation(len(planted))
     place = np.argsort(order)
-    moved = [planted[i] for i in order]
-    return [Planted(p.data, p.caption, p.kind, int(place[p.original]) if p.original >= 0 else -1) for p in moved]
+    return [replace(p, original=int(place[p.original])) if p.original >= 0 else p for p in (planted[i] for i in order)]
+
+
+def unseen_captions(planted: list[Planted], n: int) -> list[str]:
+    """Return captions that none of these samples has, half of them ordinary and half specific."""
+    random = np.random.default_rng(SEED + 1)
+    used = {p.caption for p in planted}
+    found: list[str] = []
+    for captions in (ordinary_captions(random), specific_captions(random)):
+        fresh = (c for c in captions if c not in used)
+        found += [next(fresh) for _ in range(n // 2)]
+    return found
 
 
 def write_shards(planted: list[Planted], folder: Path) -> None:
@@ -136,51 +172,3 @@ def write_shards(planted: list[Planted], folder: Path) -> None:
                     member = tarfile.TarInfo(f"{i:06}.{suffix}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-
-
-def score(planted: list[Planted], manifest: Manifest) -> list[tuple[str, int, int, str]]:
-    """Return (kind, planted, found, how) rows; the last counts samples that were joined and are copies of nothing."""
-    table = manifest.table(["key", "action", "reasons", "image_group", "caption_group", "duplication"])
-    rows = dict(zip((int(k) for k in table["key"].to_pylist()), table.to_pylist(), strict=True))
-    found: dict[str, list[str]] = {}
-    total: dict[str, int] = {}
-    false = 0
-    for i, one in enumerate(planted):
-        mine, theirs = rows[i], rows[max(one.original, 0)]
-        same_image, same_caption = (mine[g] == theirs[g] for g in ("image_group", "caption_group"))
-        if one.kind == "single":
-            # an original may be dropped in favour of a better copy of it, never in favour of anything else
-            family = [j for j in rows if rows[j]["image_group"] == mine["image_group"] and j != i]
-            false += any(planted[j].original != i or planted[j].kind == "repeated caption" for j in family)
-            continue
-        hit = {"repeated caption": same_caption, "repeated pair": same_image and same_caption}.get(one.kind, same_image)
-        if one.kind == "corrupt":
-            hit = mine["action"] == "bad"
-        total[one.kind] = total.get(one.kind, 0) + 1
-        if hit:
-            how = [
-                r
-                for r in mine["reasons"] + theirs["reasons"]
-                if one.kind == "repeated caption" or r != "caption_duplicate"
-            ]
-            found.setdefault(one.kind, []).append(how[0] if how else mine["duplication"])
-    result = []
-    for kind in (*IMAGE_KINDS, "repeated caption", "repeated pair", "corrupt"):
-        hits = found.get(kind, [])
-        ways = sorted(set(hits), key=lambda way: (-hits.count(way), way))
-        result.append((kind, total[kind], len(hits), ", ".join(f"{hits.count(way)} {way}" for way in ways)))
-    return [*result, ("joined wrongly", 0, false, "")]
-
-
-def run(out: Path, workers: int | None = None) -> list[str]:
-    """Write the demo's shards to `out`/input, run on them into `out`/run, and return the lines to print."""
-    started = time.monotonic()
-    planted = samples()
-    write_shards(planted, out / "input")
-    manifest = pipeline.run([str(out / "input")], out / "run", Config(), workers)
-    rows = score(planted, manifest)
-    lines = [f"{'':26}{'planted':>8}{'found':>8}   how"]
-    lines += [f"{kind:26}{n:8,}{found:8,}   {how}" for kind, n, found, how in rows]
-    lines += ["", *summary.lines(manifest.info, str(out / "run"))[:-1]]
-    lines.append(f"input     {out / 'input'}; took {time.monotonic() - started:.0f} s")
-    return [*lines, summary.reconciliation(manifest.counts)]
