@@ -31,6 +31,7 @@ class Input(_Section):
     max_pixels: Annotated[int, Field(gt=0, le=178_956_970)] = 178_956_970  # Pillow refuses more
     max_bytes: Annotated[int, Field(gt=0)] = 256 * 2**20
     on_bad_shard: Literal["stop", "skip"] = "stop"
+    timeout: Annotated[float, Field(gt=0, le=86_400)] = 60.0  # seconds in which the next bytes of a remote shard come
 
 
 class Images(_Section):
