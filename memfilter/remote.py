@@ -222,6 +222,7 @@ class _Attempt:
     def _run(self) -> None:
         try:
             fs, path = fsspec.core.url_to_fs(self.url)
+            self._hand_over(b"")
             told = self._tell(fs, path)
             if told.size is None or self.start < told.size:
                 self._read(fs, path)

@@ -94,15 +94,13 @@ def _expand_remote(pattern: str) -> dict[str, Told]:
     try:
         fs, path = fsspec.core.url_to_fs(pattern)
         if glob.has_magic(path.split("?")[0] if path.startswith("http") else path):
-            paths = retried(lambda: fs.glob(path))
-        elif retried(lambda: fs.info(path))["type"] == "directory":
-            paths = [p for p in retried(lambda: fs.find(path)) if p.lower().endswith(TAR_SUFFIXES)]
+            infos = {p: retried(partial(fs.info, p)) for p in sorted(retried(lambda: fs.glob(path)))}
+        elif (info := retried(lambda: fs.info(path)))["type"] == "directory":
+            tars = [p for p in retried(lambda: fs.find(path)) if p.lower().endswith(TAR_SUFFIXES)]
+            infos = {p: retried(partial(fs.info, p)) for p in sorted(tars)}
         else:
-            paths = [path]
-        told: dict[str, Told] = {}
-        for p in sorted(paths):
-            url = p if p.startswith("http") else fs.unstrip_protocol(p)
-            told[url] = Told.of(retried(partial(fs.info, p)))
+            infos = {path: info}
+        told = {p if p.startswith("http") else fs.unstrip_protocol(p): Told.of(info) for p, info in infos.items()}
     except MemoryError:
         raise
     except ImportError as e:
