@@ -50,6 +50,10 @@ class Told(NamedTuple):
         return cls(info.get("size"), None if found is None else str(found))
 
 
+class Changed(OSError):
+    """An object is not the one that it was."""
+
+
 def retried(ask: Callable[[], T]) -> T:
     """Return what `ask` returns, at the first attempt or a later one.
 
@@ -99,9 +103,9 @@ def _is_final(error: Exception) -> bool:
 class RemoteStream(io.RawIOBase):
     """The bytes of one remote object, from the first to the last, of one version.
 
-    After a fault the object is opened again and read on from the byte where it stopped.  Raises FileNotFoundError when
-    there is no such object, and OSError, in one line without the URL, when several attempts have brought no byte or
-    what the store tells of the object has changed: since it was listed with `size` bytes, or while it was read.
+    After a fault the object is opened again and read on from the byte where it stopped.  Raises, in one line without
+    the URL, FileNotFoundError when there is no such object, OSError when several attempts have brought no byte, and
+    Changed when the store tells otherwise of it than before, or than `size`, the bytes that it was listed with.
     """
 
     def __init__(self, url: str, size: int | None = None, timeout: float = TIMEOUT) -> None:
@@ -164,10 +168,10 @@ class RemoteStream(io.RawIOBase):
         """Hold what the store tells now against what it told first."""
         if not self._told:
             if None not in (self._listed, told.size) and self._listed != told.size:
-                raise OSError(f"it had {self._listed:,} bytes when it was listed, and now has {told.size:,}")
+                raise Changed(f"had {self._listed:,} bytes when it was listed, and now has {told.size:,}")
             self._told = told
         elif self._told != told:
-            raise OSError(f"it has changed while it was read, before byte {self._at:,}")
+            raise Changed(f"has changed while it was read, before byte {self._at:,}")
 
     def _recover(self, error: BaseException) -> None:
         """Wait before the next attempt; raises OSError when there is to be none."""

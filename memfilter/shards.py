@@ -95,7 +95,7 @@ def _expand_remote(pattern: str) -> dict[str, Told]:
         fs, path = fsspec.core.url_to_fs(pattern)
         if glob.has_magic(path.split("?")[0] if path.startswith("http") else path):
             infos = {p: retried(partial(fs.info, p)) for p in sorted(retried(lambda: fs.glob(path)))}
-        elif (info := retried(lambda: fs.info(path)))["type"] == "directory":
+        elif (info := retried(lambda: fs.info(path))).get("type") == "directory":
             tars = [p for p in retried(lambda: fs.find(path)) if p.lower().endswith(TAR_SUFFIXES)]
             infos = {p: retried(partial(fs.info, p)) for p in sorted(tars)}
         else:

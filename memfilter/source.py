@@ -22,7 +22,7 @@ import xxhash
 
 from .errors import ShardError, in_one_line
 from .records import Shard
-from .remote import TIMEOUT, RemoteStream
+from .remote import TIMEOUT, Changed, RemoteStream
 from .shards import REMEDY, SCHEME
 
 BLOCK = 512
@@ -91,6 +91,8 @@ class Stored(io.RawIOBase):
 def _unreadable(name: str, error: Exception) -> ShardError:
     if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
         return ShardError(f"{name}: the gzip stream is cut or damaged ({in_one_line(error)}); {REMEDY}")
+    if isinstance(error, Changed):
+        return ShardError(f"{name}: {error}; run the same command again")
     # an OSError's own text holds the path, which is no part of a result
     cause = (isinstance(error, OSError) and error.strerror) or in_one_line(error)
     if isinstance(error, FileNotFoundError):
