@@ -32,6 +32,7 @@ class Input(_Section):
     max_bytes: Annotated[int, Field(gt=0)] = 256 * 2**20
     max_memory: Annotated[int, Field(gt=0)] | None = None
     on_bad_shard: Literal["stop", "skip"] = "stop"
+    timeout: Annotated[float, Field(gt=0, le=86_400)] = 60.0  # seconds in which the next bytes of a remote shard come
 
 
 class Images(_Section):

@@ -14,6 +14,11 @@ A bad *sample* is never an exception outside its shard: it is a manifest row wit
 from __future__ import annotations
 
 
+def in_one_line(error: Exception) -> str:
+    """Return an error's text without line breaks, or its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class MemfilterError(Exception):
     """The base of all errors that the command line prints as one line."""
 

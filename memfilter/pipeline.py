@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import executors, manifest, sink
-from .config import Config, digest_of
+from .config import Config, Input, digest_of
 from .decisions import decide
 from .denoisers import ModelFiles, find_model
 from .errors import ConfigError, RunError
@@ -42,10 +42,11 @@ def run(patterns: list[str], out: str | Path, config: Config | None = None, work
     check_threshold(config)
     model = find_model(config.magnitude.model) if config.magnitude.model else None
     with store.locked():
+        _forget_changed(shards, stored, store)
         store.write_run(
             {
                 "root": root,
-                "shards": [[s.name, s.url, s.size] for s in shards],
+                "shards": [astuple(s) for s in shards],
                 "config": config.model_dump(mode="json"),
                 "model": model and astuple(model),
             }
@@ -104,13 +105,27 @@ def _decide_and_write(
     about["found"] = statistics(samples, groups, decisions, scores, store)
     manifest.write_parts(store, samples, groups, decisions, scores, config.input.uid_field is not None)
     if config.output.shards:
-        _write_shards(samples, decisions, store, workers, config.input.max_memory)
+        _write_shards(samples, decisions, store, workers, config.input)
     else:
         sink.write_sizes(store.shards, {})  # those of an earlier decision go
     return manifest.finish(store, samples, decisions, about)
 
 
 # -- the two stages that go shard by shard ----------------------------------------------------------------------------
+
+
+def _forget_changed(shards: list[Shard], stored: dict[str, Any], store: Store) -> None:
+    """Remove the signatures of shards whose version is not the one that the last run was told.
+
+    It comes before the new versions are stored, so that a run that is killed in between notices again.
+    """
+    try:
+        known = {shard.name: shard.version for shard in (Shard(*values) for values in stored["shards"])}
+    except (KeyError, TypeError):  # a new directory, or a damaged one
+        known = {}
+    for shard in shards:
+        if shard.name not in known or known[shard.name] != shard.version:
+            store.signatures(shard.name).unlink(missing_ok=True)
 
 
 def _sign_all(shards: list[Shard], store: Store, config: Config, workers: int) -> None:
@@ -130,7 +145,7 @@ def _sign_all(shards: list[Shard], store: Store, config: Config, workers: int) -
             bar.update()
 
 
-def _write_shards(samples: Samples, decisions: Decisions, store: Store, workers: int, max_memory: int | None) -> None:
+def _write_shards(samples: Samples, decisions: Decisions, store: Store, workers: int, limits: Input) -> None:
     tasks, counts = [], {}
     for shard, start, end in zip(samples.shards, samples.first, samples.first[1:], strict=False):
         kept = np.flatnonzero(decisions.action[start:end] <= MASK)
@@ -139,10 +154,10 @@ def _write_shards(samples: Samples, decisions: Decisions, store: Store, workers:
             counts[shard.name] = len(kept)
         kept_as = sink.kept_digest(shard, read_digest(signature), kept)
         if not (len(kept) and sink.is_written(shard, store.shards, kept_as)):
-            tasks.append((shard, store.shards, signature, kept, kept_as))
+            tasks.append((shard, store.shards, signature, kept, kept_as, limits.timeout))
     done = len(samples.shards) - len(tasks)
     with tqdm(total=len(samples.shards), initial=done, desc="filtered shards", unit="shard", disable=None) as bar:
-        for _ in executors.run(sink.write_shard, tasks, workers, lambda i: str(tasks[i][0].name), max_memory):
+        for _ in executors.run(sink.write_shard, tasks, workers, lambda i: str(tasks[i][0].name), limits.max_memory):
             bar.update()
     sink.write_sizes(store.shards, counts)
 
@@ -176,11 +191,14 @@ def _about(
     shards = []
     for shard, start, end in zip(samples.shards, samples.first, samples.first[1:], strict=False):
         counts = np.bincount(decisions.action[start:end], minlength=len(ACTIONS)).tolist()
-        entry = {"name": shard.name, "bytes": shard.size, **dict(zip(ACTIONS, counts, strict=True))}
-        if skipped := read_note(store.signatures(shard.name)).get("skipped"):
-            entry["skipped"] = skipped
+        note = read_note(store.signatures(shard.name))
+        entry = {"name": shard.name, "bytes": note.get("bytes", shard.size), **dict(zip(ACTIONS, counts, strict=True))}
+        if "skipped" in note:
+            entry["skipped"] = note["skipped"]
         elif sum(counts) and not sum(counts[: MASK + 1]):
             entry["emptied"] = True
+        if "digest" in note:
+            entry["digest"] = note["digest"]
         shards.append(entry)
     return {
         "config": dump,

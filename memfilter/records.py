@@ -37,11 +37,16 @@ BAD_CODES = (
 
 @dataclass(frozen=True)
 class Shard:
-    """One input tar: its `name` relative to the input root, and where to open it."""
+    """One input tar: its `name` relative to the input root, and where to open it.
+
+    `size` in bytes and `version`, a token that changes when the file does, are what its listing tells, None where that
+    tells nothing.  The version is no part of a result.
+    """
 
     name: str
     url: str
     size: int | None
+    version: str | None = None
 
 
 def signature_schema(dim: int) -> pa.Schema:

@@ -8,13 +8,15 @@ import os
 import re
 import shlex
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import braceexpand
 import fsspec
 
-from .errors import ConfigError, InputError, ShardError
+from .errors import ConfigError, InputError, ShardError, in_one_line
 from .records import Shard
+from .remote import TIMEOUT, RemoteStream, Told, cause, retried
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
@@ -27,14 +29,14 @@ def find_shards(patterns: Iterable[str], root: str | None = None, allow_pipe: bo
     Raises InputError when a pattern matches nothing or two inputs share a relative name, ConfigError for a `pipe:` URL
     that was not allowed.
     """
-    urls: dict[str, int | None] = {}
+    urls: dict[str, Told] = {}
     for pattern in (p.removeprefix("file://") for p in patterns):
         if not pattern:
             raise InputError("an empty name was given for a shard; is a variable of the shell unset?")
         if pattern.startswith("pipe:"):
             if not allow_pipe:
                 raise ConfigError(f"{pattern}: runs a command; set input.allow_pipe: true to allow it")
-            urls[pattern] = None
+            urls[pattern] = Told(None, None)
             continue
         try:
             expanded = list(braceexpand.braceexpand(pattern))
@@ -60,7 +62,7 @@ def find_shards(patterns: Iterable[str], root: str | None = None, allow_pipe: bo
         stem = shard_stem(name)
         if stem in shards:
             raise InputError(f"{url} and {shards[stem].url} have the same name '{name}'; set input.root to tell apart")
-        shards[stem] = Shard(name, url, urls[url])
+        shards[stem] = Shard(name, url, *urls[url])
     return sorted(shards.values(), key=lambda s: s.name), root
 
 
@@ -69,7 +71,7 @@ def shard_stem(name: str) -> str:
     return next((name[: -len(s)] for s in TAR_SUFFIXES if name.lower().endswith(s)), name)
 
 
-def _expand(pattern: str) -> dict[str, int | None]:
+def _expand(pattern: str) -> dict[str, Told]:
     if SCHEME.match(pattern):
         return _expand_remote(pattern)
     path = Path(pattern)
@@ -84,29 +86,30 @@ def _expand(pattern: str) -> dict[str, int | None]:
         if not files:
             missing = "the pattern matches no file" if glob.has_magic(pattern) else "no such file or folder"
             raise InputError(f"{pattern}: {missing}")
-    return {os.path.abspath(p): p.stat().st_size for p in files}  # a link keeps the name that it was given
+    # a link keeps the name that it was given
+    return {os.path.abspath(p): Told(s.st_size, str(s.st_mtime_ns)) for p, s in ((p, p.stat()) for p in files)}
 
 
-def _expand_remote(pattern: str) -> dict[str, int | None]:
+def _expand_remote(pattern: str) -> dict[str, Told]:
     try:
         fs, path = fsspec.core.url_to_fs(pattern)
-        if glob.has_magic(path):
-            paths = sorted(fs.glob(path))
-        elif not pattern.startswith("http") and fs.isdir(path):
-            paths = sorted(p for p in fs.find(path) if p.lower().endswith(TAR_SUFFIXES))
+        if glob.has_magic(path.split("?")[0] if path.startswith("http") else path):
+            infos = {p: retried(partial(fs.info, p)) for p in sorted(retried(lambda: fs.glob(path)))}
+        elif (info := retried(lambda: fs.info(path))).get("type") == "directory":
+            tars = [p for p in retried(lambda: fs.find(path)) if p.lower().endswith(TAR_SUFFIXES)]
+            infos = {p: retried(partial(fs.info, p)) for p in sorted(tars)}
         else:
-            paths = [path]
-        found: dict[str, int | None] = {}
-        for p in paths:
-            url = p if p.startswith("http") else fs.unstrip_protocol(p)
-            found[url] = fs.info(p).get("size")
+            infos = {path: info}
+        told = {p if p.startswith("http") else fs.unstrip_protocol(p): Told.of(info) for p, info in infos.items()}
+    except MemoryError:
+        raise
     except ImportError as e:
         raise InputError(f"{pattern}: {in_one_line(e)}; install the package for this protocol") from e
     except Exception as e:  # fsspec's back ends raise what they like
-        raise InputError(f"{pattern}: cannot be listed: {type(e).__name__}: {in_one_line(e)}") from e
-    if not found:
+        raise InputError(f"{pattern}: cannot be listed: {type(e).__name__}: {cause(e)}") from e
+    if not told:
         raise InputError(f"{pattern}: the pattern matches no file")
-    return found
+    return told
 
 
 def _canonical(url: str) -> str:
@@ -119,11 +122,6 @@ def _canonical(url: str) -> str:
         raise InputError(f"{url}: {in_one_line(e)}") from e
     canonical: str = fs.unstrip_protocol(path)
     return canonical
-
-
-def in_one_line(error: Exception) -> str:
-    """Return an error's text without line breaks, or its kind where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _path_of(url: str) -> str:
@@ -151,14 +149,16 @@ def _common_folder(paths: Iterable[str]) -> str:
     return "/".join(shared)
 
 
-def check_stats(shard: Shard, samples: int) -> None:
+def check_stats(shard: Shard, samples: int, timeout: float = TIMEOUT) -> None:
     """Raise ShardError when an img2dataset `_stats.json` beside the shard counts other than `samples` successes."""
     if shard.url.startswith("pipe:"):
         return
     path = f"{shard_stem(shard.url.split('?')[0])}_stats.json"
     try:
-        with fsspec.open(path, "rb") if SCHEME.match(path) else open(path, "rb") as f:
-            stats = json.load(f)
+        with RemoteStream(path, timeout=timeout) if SCHEME.match(path) else open(path, "rb") as f:
+            stats = json.loads(f.read())
+    except MemoryError:
+        raise
     except Exception:  # no side-car, or one that is none of ours: nothing to check against
         return
     expected = stats.get("successes") if isinstance(stats, dict) else None

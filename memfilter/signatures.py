@@ -22,7 +22,7 @@ from . import images
 from .captions import fingerprint
 from .config import Config, digest_of
 from .encoders import image_encoder
-from .errors import ShardError
+from .errors import RunError, ShardError
 from .records import Shard, signature_schema
 from .shards import REMEDY, check_stats
 from .source import Member, Members, open_shard, printable_key, sample_uid
@@ -57,19 +57,24 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in _LIBRARIES}
 
 
-def signature_digest(shard: Shard, config: Config) -> str:
-    """Return the digest of everything that shapes a shard's signatures."""
+def signature_digest(shard: Shard, content: str | None, config: Config) -> str:
+    """Return the digest of everything that shapes a shard's signatures; `content` is the digest of its bytes."""
     encoder = image_encoder(config.images.encoder)
     return digest_of(
-        ["signatures-2", shard.name, shard.size, config.digest(*_CONFIG_KEYS), encoder and encoder.identity, versions()]
+        ["signatures-2", shard.name, content, config.digest(*_CONFIG_KEYS), encoder and encoder.identity, versions()]
     )
 
 
 def is_signed(shard: Shard, path: Path, config: Config) -> bool:
     """Tell whether a shard's part is done; one that was skipped as bad is, where the config says skip."""
-    return done(path, signature_digest(shard, config)) and (
-        config.input.on_bad_shard == "skip" or not was_skipped(path)
-    )
+    try:
+        note = read_note(path)
+    except RunError:
+        return False
+    if "skipped" in note and config.input.on_bad_shard == "stop":
+        return False
+    same_size = shard.size is None or shard.size == note.get("bytes", shard.size)
+    return same_size and done(path, signature_digest(shard, note.get("digest"), config))
 
 
 def was_skipped(path: Path) -> bool:
@@ -80,15 +85,17 @@ def was_skipped(path: Path) -> bool:
 def sign(shard: Shard, path: Path, config: Config) -> Signed:
     """Write the signatures of a shard to `path`: one row per sample, in the shard's order.
 
+    A note in it keeps size and digest of the shard's bytes, by which the shard is known when it is read again.
     Raises ShardError for a shard that cannot be read to its end, unless the config says skip: then the part has no
     row and notes the cause.
     """
     encoder = image_encoder(config.images.encoder)
     note: dict[str, Any] = {}
     try:
-        with open_shard(shard) as members:
+        with open_shard(shard, config.input.timeout) as members:
             table = _signatures(members, config)
-        check_stats(shard, table.num_rows)
+        check_stats(shard, table.num_rows, config.input.timeout)
+        note |= {"bytes": members.stored.size, "digest": members.stored.digest}
     except ShardError as e:
         if config.input.on_bad_shard == "stop":
             raise
@@ -96,7 +103,7 @@ def sign(shard: Shard, path: Path, config: Config) -> Signed:
         table = signature_schema(encoder.dim if encoder else 0).empty_table()
     bad = table.num_rows - table["bad"].null_count
     note |= {"samples": table.num_rows, "bad": bad}
-    write_table(path, table, signature_digest(shard, config), note)
+    write_table(path, table, signature_digest(shard, note.get("digest"), config), note)
     digests = b"".join(d for d in table["digest"].to_pylist() if d)
     return Signed(table.num_rows, bad, np.frombuffer(digests, ">u8")[::2].astype(np.uint64))
 

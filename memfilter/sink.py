@@ -14,9 +14,10 @@ import numpy.typing as npt
 from .config import digest_of
 from .errors import ShardError
 from .records import Shard
-from .shards import REMEDY, TAR_SUFFIXES, shard_stem
+from .remote import TIMEOUT
+from .shards import REMEDY, SCHEME, TAR_SUFFIXES, shard_stem
 from .source import BLOCK, Members, open_shard, printable_key
-from .store import canonical, file_digest, read_table, replacing, write_json
+from .store import canonical, file_digest, read_note, read_table, replacing, write_json
 
 _RECORD = 20 * BLOCK  # what tar pads an archive to
 
@@ -40,28 +41,39 @@ def is_written(shard: Shard, folder: Path, kept: str) -> bool:
         return False
 
 
-def write_shard(shard: Shard, folder: Path, signatures: Path, kept: npt.NDArray[np.int64], kept_as: str) -> None:
+class _Changed(Exception):
+    """The shard's bytes are not those that were signed."""
+
+
+def write_shard(
+    shard: Shard,
+    folder: Path,
+    signatures: Path,
+    kept: npt.NDArray[np.int64],
+    kept_as: str,
+    timeout: float = TIMEOUT,
+) -> None:
     """Write the filtered shard and then its marker.
 
-    By the keys in its `signatures` the shard is known to be the one that was signed.  Members that belong to no sample
-    are left out; pax global headers stay.  A shard of which nothing is kept is not written.
-    Raises ShardError when the shard is not the one that was signed.
+    By the digest noted in its `signatures` the shard is known to be the one that was signed, to the byte.  Members that
+    belong to no sample are left out; pax global headers stay.  A shard of which nothing is kept is not written.
+    Raises ShardError when the shard is not the one that was signed; its signatures are removed then.
     """
     tar = folder / shard.name
     marker(folder, shard.name).unlink(missing_ok=True)
     if not len(kept):
         tar.unlink(missing_ok=True)
         return
-    keys: list[str] = read_table(signatures, ["key"])["key"].to_pylist()
-    keep = np.zeros(len(keys), bool)
-    keep[kept] = True
     try:
-        with replacing(tar) as temporary, open(temporary, "wb") as file, open_shard(shard) as members:
-            if members.compressed:
-                with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as out:
-                    _copy(members, out, keep, keys)
-            else:
-                _copy(members, file, keep, keys)
+        try:
+            _filter(shard, tar, signatures, kept, timeout)
+        except _Changed:
+            if not SCHEME.match(shard.url):
+                raise
+            _filter(shard, tar, signatures, kept, timeout)  # what came over the network may have been damaged there
+    except _Changed as e:
+        signatures.unlink()  # of bytes that are no more: the next run reads the shard again
+        raise ShardError(f"{shard.name}: has changed since it was read; run the same command again") from e
     except ShardError as e:
         advice = "bring the shard back, or set output.shards: false"
         raise ShardError(str(e).replace(REMEDY, advice)) from e
@@ -79,16 +91,30 @@ def stats(tar: Path, count: int, kept_as: str) -> dict[str, Any]:
     }
 
 
+def _filter(shard: Shard, tar: Path, signatures: Path, kept: npt.NDArray[np.int64], timeout: float) -> None:
+    keys: list[str] = read_table(signatures, ["key"])["key"].to_pylist()
+    keep = np.zeros(len(keys), bool)
+    keep[kept] = True
+    with replacing(tar) as temporary, open(temporary, "wb") as file, open_shard(shard, timeout) as members:
+        if members.compressed:
+            with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as out:
+                _copy(members, out, keep, keys)
+        else:
+            _copy(members, file, keep, keys)
+        if members.stored.digest != read_note(signatures)["digest"]:
+            raise _Changed
+
+
 def _copy(members: Members, out: IO[bytes] | gzip.GzipFile, keep: npt.NDArray[np.bool_], keys: list[str]) -> None:
     size = 0
     for member in members:
         if member.index >= 0 and (member.index >= len(keys) or printable_key(member.key) != keys[member.index]):
-            raise ShardError(f"{members.name}: has changed since it was read; run in a new --out")
+            raise _Changed
         if member.is_global or (member.index >= 0 and keep[member.index]):
             for chunk in member.raw():
                 size += out.write(chunk)
     if members.samples != len(keys):
-        raise ShardError(f"{members.name}: has changed since it was read; run in a new --out")
+        raise _Changed
     out.write(bytes(2 * BLOCK + -(size + 2 * BLOCK) % _RECORD))
 
 

@@ -18,13 +18,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-import fsspec
+import xxhash
 
-from .errors import ShardError
+from .errors import ShardError, in_one_line
 from .records import Shard
-from .shards import REMEDY, SCHEME, in_one_line
+from .remote import TIMEOUT, Changed, RemoteStream
+from .shards import REMEDY, SCHEME
 
 BLOCK = 512
+_BUFFER = 128 << 10
 _KEY = re.compile(rb"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(rb"__[^/]*__(?:/|$)")
 _MAX_EXTENSION = 1 << 20
@@ -37,36 +39,75 @@ _NO_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
 
 
 @contextmanager
-def open_shard(shard: Shard) -> Iterator[Members]:
-    """Yield the members of a shard, from a plain or gzip tar; raises ShardError where it cannot be read."""
+def open_shard(shard: Shard, timeout: float = TIMEOUT) -> Iterator[Members]:
+    """Yield the members of a shard, from a plain or gzip tar; raises ShardError where it cannot be read.
+
+    A remote store may take `timeout` seconds for the next bytes before it is asked again.
+    """
     with ExitStack() as stack:
         try:
-            raw: Any = stack.enter_context(_raw(shard))
-            stream: Any = raw if hasattr(raw, "peek") else io.BufferedReader(raw)
+            stored = Stored(stack.enter_context(_raw(shard, timeout)))
+            stream: Any = io.BufferedReader(stored, _BUFFER)
             compressed = stream.peek(2)[:2] == b"\x1f\x8b"
+        except MemoryError:
+            raise
         except Exception as e:  # fsspec's back ends raise what they like
             raise _unreadable(shard.name, e) from e
         if compressed:
             stream = gzip.GzipFile(fileobj=stream, mode="rb")
-        yield Members(stream, shard.name, compressed)
+        members = Members(stream, shard.name, compressed)
+        members.stored = stored
+        yield members
+
+
+class Stored(io.RawIOBase):
+    """A shard's bytes as they are stored, compressed or not, counted and digested as they are read."""
+
+    def __init__(self, raw: IO[bytes] | io.RawIOBase) -> None:
+        super().__init__()
+        self._raw: Any = raw
+        self._digest = xxhash.xxh3_128()
+        self.size = 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with the next bytes and return their number, less than it holds at the end alone."""
+        view, filled = memoryview(buffer).cast("B"), 0
+        while filled < len(view) and (count := self._raw.readinto(view[filled:])):
+            filled += count
+        self._digest.update(view[:filled])
+        self.size += filled
+        return filled
+
+    @property
+    def digest(self) -> str:
+        """The xxh3-128 hex digest of what was read so far: of the whole shard, once its members were."""
+        return self._digest.hexdigest()
 
 
 def _unreadable(name: str, error: Exception) -> ShardError:
     if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
         return ShardError(f"{name}: the gzip stream is cut or damaged ({in_one_line(error)}); {REMEDY}")
+    if isinstance(error, Changed):
+        return ShardError(f"{name}: {error}; run the same command again")
     # an OSError's own text holds the path, which is no part of a result
     cause = (isinstance(error, OSError) and error.strerror) or in_one_line(error)
+    if isinstance(error, FileNotFoundError):
+        cause = "listed, then gone"
     return ShardError(f"{name}: cannot be read: {cause}; {REMEDY}")
 
 
 @contextmanager
-def _raw(shard: Shard) -> Iterator[IO[bytes]]:
+def _raw(shard: Shard, timeout: float) -> Iterator[IO[bytes] | io.RawIOBase]:
     url = shard.url
     if not url.startswith("pipe:"):
-        with fsspec.open(url, "rb") if SCHEME.match(url) else open(url, "rb") as f:
+        with RemoteStream(url, shard.size, timeout) if SCHEME.match(url) else open(url, "rb", buffering=0) as f:
             yield f
         return
-    with subprocess.Popen(url[len("pipe:") :], shell=True, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(url[len("pipe:") :], shell=True, stdout=subprocess.PIPE, bufsize=0) as process:
         assert process.stdout
         failure: ShardError | None = None
         try:
@@ -122,6 +163,8 @@ class Member:
 class Members:
     """Iterate over a tar's members to its end-of-archive, and raise ShardError unless that end is sound."""
 
+    stored: Stored  # of a shard that was opened by `open_shard`
+
     def __init__(self, stream: IO[bytes], name: str, compressed: bool = False) -> None:
         self.name, self.compressed = name, compressed
         self._stream = stream
@@ -161,6 +204,8 @@ class Members:
             data = self._stream.read(size)
             while len(data) < size and (more := self._stream.read(size - len(data))):
                 data += more
+        except MemoryError:
+            raise
         except Exception as e:  # fsspec's back ends raise what they like
             raise _unreadable(self.name, e) from e
         self._offset += len(data)

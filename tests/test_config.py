@@ -23,6 +23,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_pixels": 178_956_970,
         "max_bytes": 268_435_456,
         "on_bad_shard": "stop",
+        "timeout": 60.0,
     },
     "images": {
         "hash": "phash",
@@ -55,6 +56,7 @@ OTHERS: dict[str, Any] = {
     "input.max_pixels": 1,
     "input.max_bytes": 1,
     "input.on_bad_shard": "skip",
+    "input.timeout": 0.5,
     "images.hash": "whash",
     "images.hash_radius": 0,
     "images.decode": "full",
@@ -181,6 +183,7 @@ WRONG = {
     "input.max_pixels": ["0", "-5", "178956971", "many", "1.5", "null", "true"],
     "input.max_bytes": ["0", "-1", "1 GB"],
     "input.on_bad_shard": ["ignore", "false"],
+    "input.timeout": ["0", "-1", "86401", ".inf", ".nan", "null", "1m", "true"],
     "images.hash": ["md5", "PHASH", "null"],
     "images.hash_radius": ["-1", "17", "4.5", "four", "null", "[4]", "true"],
     "images.decode": ["slow", "null"],
