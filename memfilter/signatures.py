@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,11 +25,13 @@ from .config import Config, digest_of
 from .encoders import image_encoder
 from .errors import ShardError
 from .records import Shard, signature_schema
-from .shards import REMEDY, check_stats
+from .shards import REMEDY, check_side_cars
 from .source import Member, Members, open_shard, printable_key, sample_uid
 from .store import done, read_note, write_table
 
 _BATCH = 256
+_MAX_TEXT = 16 * 2**20  # bytes; as a json's objects they take up to thirty times as many
+_MAX_NESTING = 100
 _CONFIG_KEYS = (
     "input.caption",
     "input.caption_field",
@@ -88,7 +91,7 @@ def sign(shard: Shard, path: Path, config: Config) -> Signed:
     try:
         with open_shard(shard) as members:
             table = _signatures(members, config)
-        check_stats(shard, table.num_rows)
+        check_side_cars(shard, table["key"].to_pylist())
     except ShardError as e:
         if config.input.on_bad_shard == "stop":
             raise
@@ -224,10 +227,13 @@ class Signer:
             if not is_image and member.suffix not in ("txt", "json"):
                 continue
             if not member.supported:
-                kind = _KINDS.get(member.kind, "a sparse file")
+                kind = _KINDS.get(member.kind, f"of type {member.kind!r}")
                 fault = fault or _Bad("unsupported_member", f"its {member.suffix} is {kind}, not a file")
             elif member.size > self.config.input.max_bytes:
                 limit = f"input.max_bytes = {self.config.input.max_bytes:,}"
+                fault = fault or _Bad("too_many_bytes", f"its {member.suffix} of {member.size:,} bytes is over {limit}")
+            elif member.size > _MAX_TEXT and not is_image:
+                limit = f"the {_MAX_TEXT:,} of a text"
                 fault = fault or _Bad("too_many_bytes", f"its {member.suffix} of {member.size:,} bytes is over {limit}")
             elif not is_image:
                 texts[member.suffix] = member.read()
@@ -270,6 +276,8 @@ class Signer:
         fields: Any = {}
         if "json" in texts:
             try:
+                if _nests_deeper(texts["json"], _MAX_NESTING):
+                    raise ValueError(f"it nests deeper than {_MAX_NESTING}")
                 fields = json.loads(texts["json"])
             except (ValueError, RecursionError) as e:
                 raise _Bad("bad_json", f"the json member cannot be read: {e}"[:200]) from e
@@ -277,7 +285,8 @@ class Signer:
                 if from_json or config.uid_field:
                     raise _Bad("bad_json", f"the json member holds a {type(fields).__name__}, not an object")
                 fields = {}
-        caption = (fields.get(config.caption_field) or "") if from_json else _text(texts.get("txt", b""))
+        caption = fields.get(config.caption_field) if from_json else _text(texts.get("txt", b""))
+        caption = "" if caption is None else caption
         more = fields.get("captions")
         if not isinstance(more, list) or not all(isinstance(c, str) for c in more):
             more = []  # a field of that name with another meaning
@@ -293,7 +302,20 @@ class Signer:
         return row
 
 
-_KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
+_KINDS = {
+    **{b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe"},
+    **dict.fromkeys((b"0", b"\0", b"7", b"S"), "a sparse file"),
+}
+_ESCAPE, _STRING = re.compile(rb"\\.", re.DOTALL), re.compile(rb'"[^"]*(?:"|\Z)')
+
+
+def _nests_deeper(text: bytes, limit: int) -> bool:
+    """Tell whether a json nests deeper: how deep the parser itself goes depends on where it is called from."""
+    if text.count(b"[") + text.count(b"{") <= limit:
+        return False
+    outside = np.frombuffer(_STRING.sub(b"", _ESCAPE.sub(b"", text)), np.uint8)
+    steps = np.isin(outside, list(b"[{")).astype(np.int32) - np.isin(outside, list(b"]}"))
+    return bool(steps.cumsum().max(initial=0) > limit)
 
 
 def _text(data: bytes) -> str:
