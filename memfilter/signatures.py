@@ -6,10 +6,9 @@ import hashlib
 import json
 import logging
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from . import images
 from .captions import fingerprint
@@ -140,37 +140,45 @@ def _signatures(members: Members, config: Config) -> pa.Table:
     signer = Signer(config)
     rows: list[dict[str, Any]] = []
     tables: list[pa.Table] = []
-    occurrences: defaultdict[bytes, list[int]] = defaultdict(list)
+    first: dict[bytes, int] = {}
+    repeated: set[int] = set()
     samples = groupby((m for m in members if m.index >= 0), key=lambda m: m.index)
     for index, sample in samples:
         key, row = signer.read(members.name, index, sample)
-        occurrences[key].append(index)
+        if (before := first.setdefault(key, index)) != index:
+            repeated |= {before, index}
         rows.append(row)
         if len(rows) == _BATCH:
             tables.append(signer.table(rows))
             rows = []
     tables.append(signer.table(rows))
-    table = pa.concat_tables(tables).combine_chunks()
-    repeated = sorted(i for places in occurrences.values() if len(places) > 1 for i in places)
-    return _spoil(table, repeated, "repeated_key", "the key comes back in its shard") if repeated else table
+    for i in sorted({index // _BATCH for index in repeated}):
+        tables[i] = _spoil(tables[i], repeated, "repeated_key", "the key comes back in its shard")
+    return pa.concat_tables(tables).unify_dictionaries()
 
 
-def _spoil(table: pa.Table, indices: list[int], code: str, detail: str) -> pa.Table:
+def _spoil(table: pa.Table, indices: set[int], code: str, detail: str) -> pa.Table:
     """Return the table with the samples at these indices made bad."""
-    keep = np.ones(table.num_rows, bool)
-    keep[indices] = False
-    mask = pa.array(keep)
-    for i, name in enumerate(table.schema.names):
-        column = table.column(name).combine_chunks()
-        if name == "bad":
-            column = pa.array(np.where(keep, column.to_pylist(), code).tolist(), table.schema.field(name).type)
-        elif name == "detail":
-            column = pa.array(np.where(keep, column.to_pylist(), detail).tolist(), pa.string())
-        elif name not in ("uid", "index", "key"):
-            nulls = pa.nulls(table.num_rows, column.type)
-            column = pa.compute.if_else(mask, column, nulls)
-        table = table.set_column(i, table.schema.field(name), column)
+    spoiled = [index in indices for index in table["index"].to_pylist()]
+    made = {"bad": code, "detail": detail}
+    for i, field in enumerate(table.schema):
+        if field.name in made:
+            values = [made[field.name] if s else v for s, v in zip(spoiled, table[i].to_pylist(), strict=True)]
+            column = pa.array(values, field.type)
+        elif field.name in ("uid", "index", "key"):
+            continue
+        elif all(spoiled):
+            column = _nulls(len(spoiled), field.type)
+        else:
+            column = pc.if_else(pa.array(spoiled), pa.nulls(len(spoiled), field.type), table[i])
+        table = table.set_column(i, field, column)
     return table
+
+
+@lru_cache(8)
+def _nulls(length: int, type: pa.DataType) -> pa.Array:
+    """Return nulls that share their memory with all others: one thumbnail takes a KiB even where there is none."""
+    return pa.nulls(length, type)
 
 
 def hasher(name: str) -> Any:
@@ -206,11 +214,15 @@ class Signer:
             bits = self.hasher._hash_algo(rows[i]["hashed"])
             rows[i] |= {"hash": int.from_bytes(np.packbits(bits).tobytes(), "big"), "blank": blank}
         columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in self.schema.names}
-        columns["thumbnail"] = [row["thumbnail"].tobytes() if "thumbnail" in row else None for row in rows]
-        if self.encoder:
+        if good:
+            columns["thumbnail"] = [row["thumbnail"].tobytes() if "thumbnail" in row else None for row in rows]
+        else:
+            columns["thumbnail"] = _nulls(len(rows), self.schema.field("thumbnail").type)
+        if self.encoder and not good:
+            columns["embedding"] = _nulls(len(rows), self.schema.field("embedding").type)
+        elif self.encoder:
             embeddings = np.zeros((len(rows), self.encoder.dim), np.float16)
-            if good:
-                embeddings[good] = self.encoder.encode(np.stack([rows[i]["square"] for i in good]))
+            embeddings[good] = self.encoder.encode(np.stack([rows[i]["square"] for i in good]))
             flat, missing = pa.array(embeddings.ravel()), pa.array(~is_good)
             columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, self.encoder.dim, mask=missing)
         return pa.table(columns, schema=self.schema)
