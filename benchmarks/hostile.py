@@ -2,11 +2,11 @@
 
     python benchmarks/hostile.py --json benchmarks/results/hostile.json
 
-Inputs are drawn from all kinds of `tests/hostile*.py`, the seed of a draw being its number, and go through `memfilter.run`
-in batches, each in a process of its own under a time limit.  Expected of every one is its exact outcome: the code of the
-bad sample, the words of the refusal, or nothing wrong.  The neighbours' manifest rows and bytes equal those of a run
-without it, counts reconcile, `verify` finds nothing, nothing is printed.  A batch that hangs or dies is halved until the
-draw is found.  Beside it stands a shard of a million empty members.
+Inputs are drawn from all kinds of `tests/hostile*.py`, the seed of a draw being its number, and go through
+`memfilter.run` in batches, each in a process of its own under a time limit.  Expected of every one is its exact
+outcome: the code of the bad sample, the words of the refusal, or nothing wrong.  The neighbours' manifest rows and
+bytes equal those of a run without it, counts reconcile, `verify` finds nothing, nothing is printed.  A batch that hangs
+or dies is halved until the draw is found.  Beside it stands a shard of a million empty members.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def million_members(work: Path) -> dict[str, Any]:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--draws", type=int, default=10_000)
-    arguments.add_argument("--batch", type=int, default=250)
+    arguments.add_argument("--batch", type=int, default=500)
     arguments.add_argument("--limit", type=float, default=300, help="seconds for a batch")
     arguments.add_argument("--json", type=Path)
     arguments.add_argument("--child", type=int, nargs=2, help=argparse.SUPPRESS)
