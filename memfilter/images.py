@@ -149,14 +149,18 @@ def _quiet_pillow() -> Iterator[None]:
 @contextmanager
 def _quiet_libtiff() -> Iterator[None]:
     """Keep from the process's standard error what libtiff writes there of a damaged image."""
-    with open(os.devnull, "wb") as nowhere:
+    try:
         before = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
+    except OSError:  # it is closed
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 def _upright(width: int, height: int, pixels: npt.NDArray[np.uint8], orientation: object) -> Decoded:

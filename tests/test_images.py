@@ -458,6 +458,14 @@ def test_a_damaged_tiff_prints_nothing(full: bool, capfd: pytest.CaptureFixture[
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_tiff_is_decoded_where_standard_error_is_closed() -> None:
+    code = "import sys; sys.path.insert(0, 'tests'); from test_images import *; "
+    code += "print(opened(grey_tiff(64, 64, zlib.compress(bytes(4096))), False).width)"
+    command = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, code]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("64\n", 0)
+
+
 def bmp_by_run_lengths(width: int, height: int, body: bytes) -> bytes:
     info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(body), 0, 0, 256, 256)
     return b"BM" + struct.pack("<IHHI", 1078 + len(body), 0, 0, 1078) + info + bytes(range(256)) * 4 + body
