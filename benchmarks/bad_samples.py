@@ -54,12 +54,15 @@ def write(path: Path, images: list[bytes], bad: bool) -> Shard:
     for i in range(COUNT):
         image, caption = images[i % len(images)] + bytes([i // len(images)]), f"photo {i}".encode()
         kind = i // EVERY
-        if bad and i % EVERY == EVERY // 2 and kind < len(BAD):
+        chosen = bad and i % EVERY == 37 * kind % EVERY  # no two of one photo
+        if chosen and kind < len(BAD):
             planted = SAMPLES[BAD[kind]](Draw(BAD[kind], i).random, f"{i:06}")
             parts += [data for data, _ in planted.members]
         else:
-            cut = bad and i % EVERY == EVERY // 2
-            parts += [member(f"{i:06}.jpg", image[: len(image) // 2] if cut else image), member(f"{i:06}.txt", caption)]
+            parts += [
+                member(f"{i:06}.jpg", image[: len(image) // 2] if chosen else image),
+                member(f"{i:06}.txt", caption),
+            ]
     path.write_bytes(ended(b"".join(parts)))
     return Shard(path.name, str(path), path.stat().st_size)
 

@@ -295,7 +295,7 @@ def padding_that_is_not_zero(random: Random, key: str) -> Planted:
 @sample_kind
 def many_empty_members_of_one_key(random: Random, key: str) -> Planted:
     members = [(block(f"{key}.{i}"), 0) for i in range(between(random, 100, 3000))]
-    return Planted(members, [(key, "no_image")])
+    return Planted([*members, (member(f"{key}.txt", caption(random)), 0)], [(key, "no_image")])
 
 
 @sample_kind
@@ -358,7 +358,7 @@ def first_of_two_images_damaged(random: Random, key: str) -> Planted:
 @sample_kind
 def no_image(random: Random, key: str) -> Planted:
     suffix = one_of(random, ["txt", "json", "mp4", "cls", "", "jpg2", "jpg "])
-    return of_files(key, {suffix: b"{}"}, "no_image")
+    return of_files(key, {suffix: b'{"caption": "%s"}' % caption(random)}, "no_image")
 
 
 # -- captions ---------------------------------------------------------------------------------------------------------

@@ -323,7 +323,6 @@ OTHERS: dict[str, Callable[[Random], bytes]] = {
     "an_xz": lambda r: lzma.compress(tar(r)),
     "zstd": lambda r: b"\x28\xb5\x2f\xfd" + r.bytes(between(r, 600, 3000)),
     "noise": lambda r: b"n" + r.bytes(between(r, 512, 9000)),
-    "few_zeros": lambda r: bytes(between(r, 1, BLOCK - 1)),
     "a_parquet": lambda r: parquet(keys_of(r, 100, 200), ["success"]),
 }
 
@@ -331,15 +330,26 @@ for _name, _make in OTHERS.items():
     SHARDS[f"shard_is_{_name}"] = lambda random, make=_make: Whole(make(random), "is not a tar")  # type: ignore[misc]
 
 
+def noted(random: Random) -> dict[str, bytes]:
+    """Return a stats file, which is not asked of a shard that cannot be read."""
+    return {"_stats.json": json.dumps({"successes": seed_of(random)}).encode()}
+
+
+@shard_kind
+def shard_is_few_zeros(random: Random) -> Whole:
+    return Whole(bytes(between(random, 1, BLOCK - 1)), "is not a tar", side_cars=noted(random))
+
+
 @shard_kind
 def shard_is_empty(random: Random) -> Whole:
     data, suffix = one_of(random, [(b"", ".tar"), (b"", ".tgz"), (packed(b"") * between(random, 1, 999), ".tar.gz")])
-    return Whole(data, "is empty (0 bytes)", suffix=suffix)
+    return Whole(data, "is empty (0 bytes)", side_cars=noted(random), suffix=suffix)
 
 
 @shard_kind
 def shard_is_one_zero_block(random: Random) -> Whole:
-    return Whole(bytes(BLOCK + between(random, 0, BLOCK - 1)), "ends inside its end-of-archive")
+    data = bytes(BLOCK + between(random, 0, BLOCK - 1))
+    return Whole(data, "ends inside its end-of-archive", side_cars=noted(random))
 
 
 @shard_kind
@@ -434,7 +444,8 @@ def stats_of_another_kind(random: Random) -> Whole:
 def parquet(keys: list[str], status: list[str], type: pa.DataType | None = None) -> bytes:
     """Return a side-car as img2dataset writes it, with the statuses repeated over the keys."""
     states = [status[i % len(status)] for i in range(len(keys))]
-    columns = {"url": ["https://example.org"] * len(keys), "key": pa.array(keys, type or pa.string()), "status": states}
+    columns = {"url": ["https://example.org"] * len(keys), "key": pa.array(keys, type or pa.string())}
+    columns["status"] = pa.array(states, pa.string())
     out = io.BytesIO()
     pq.write_table(pa.table(columns), out)
     return out.getvalue()
