@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import io
+import logging
+import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from .records import LOOK_SIDE, THUMBNAIL_SIDE
+
+_MAX_SCANS = 100  # a progressive JPEG has about ten
+_SLOW_PIXELS = 1 << 24  # a second or two of a decoder that Pillow has in Python
 
 HASH_SIDE = 40
 """Pixels on the shorter side that a perceptual hash needs: its grid of 32, and room to filter."""
@@ -51,7 +58,10 @@ def decode(data: bytes, full: bool, max_pixels: int, side: int = HASH_SIDE) -> D
     """
     if not data:
         raise BadImage("empty_image", "the image member has 0 bytes")
-    if not full and data[:3] == b"\xff\xd8\xff":
+    is_jpeg = data[:3] == b"\xff\xd8\xff"
+    if is_jpeg and data.count(b"\xff\xda") > _MAX_SCANS and _scans(data) > _MAX_SCANS:
+        raise BadImage("unreadable_image", f"the JPEG has more than {_MAX_SCANS} scans, each over all its pixels")
+    if is_jpeg and not full:
         try:
             return _decode_jpeg(data, max_pixels, side)
         except ValueError:  # Pillow is asked before an image is called unreadable
@@ -103,11 +113,12 @@ def _decode_with_pillow(data: bytes, full: bool, max_pixels: int, side: int) -> 
         with _quiet_pillow():
             image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
             width, height = image.size
-            _check_size(width, height, max_pixels)
+            _check_work(image, max_pixels)
             if not full:
                 image.draft("L", (side, side))
-            image.load()
-    except BadImage:
+            with _quiet_libtiff() if image.format == "TIFF" else nullcontext():
+                image.load()
+    except (BadImage, MemoryError):  # that memory is short is no defect of the image
         raise
     except Image.DecompressionBombError as e:
         raise BadImage("too_many_pixels", str(e)) from e
@@ -125,9 +136,31 @@ def _decode_with_pillow(data: bytes, full: bool, max_pixels: int, side: int) -> 
 
 @contextmanager
 def _quiet_pillow() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ours is the limit on pixels; odd metadata is no defect of the image
+    logger = logging.getLogger("PIL.TiffImagePlugin")
+    before, logger.disabled = logger.disabled, True  # what it tells of a damaged image it raises as well
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ours is the limit on pixels; odd metadata is no defect of the image
+            yield
+    finally:
+        logger.disabled = before
+
+
+@contextmanager
+def _quiet_libtiff() -> Iterator[None]:
+    """Keep from the process's standard error what libtiff writes there of a damaged image."""
+    try:
+        before = os.dup(2)
+    except OSError:  # it is closed
         yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 def _upright(width: int, height: int, pixels: npt.NDArray[np.uint8], orientation: object) -> Decoded:
@@ -148,6 +181,30 @@ _TURNS: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def _check_work(image: Image.Image, max_pixels: int) -> None:
+    """Raise BadImage where decoding would take more than `max_pixels` allows, by the header alone."""
+    _check_size(*image.size, max_pixels)
+    if image.format == "TIFF":  # libtiff decodes whole tiles, however small the image
+        tags: Any = image.tag_v2  # type: ignore[attr-defined]
+        _check_size(tags.get(322, 0), tags.get(323, 0), max_pixels)
+    codec = image.tile[0][0] if isinstance(image, ImageFile.ImageFile) and image.tile else ""
+    if codec in Image.DECODERS and image.width * image.height > _SLOW_PIXELS:
+        slow = f"{image.width}x{image.height} is over the {_SLOW_PIXELS:,} that are decoded of {codec}, in Python"
+        raise BadImage("too_many_pixels", slow)
+
+
+def _scans(jpeg: bytes) -> int:
+    """Return the number of scans in a JPEG, those of its thumbnail and of what follows it left out."""
+    at, scans = 2, 0
+    while (marker := _MARKER.search(jpeg, at)) and marker[0] != b"\xff\xd9":
+        scans += marker[0] == b"\xff\xda"
+        at = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")
+    return scans
+
+
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:

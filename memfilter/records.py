@@ -25,10 +25,10 @@ BAD_CODES = (
     "repeated_key",  # the key comes back in its shard
     "no_image",  # no member with an image suffix
     "unsupported_member",  # a link, device or sparse file under the sample's key
-    "too_many_bytes",  # a member over input.max_bytes
+    "too_many_bytes",  # a member over input.max_bytes, or a text over 16 MiB
     "empty_image",  # an image member of zero bytes
     "unreadable_image",  # no decoder reads it to its end
-    "too_many_pixels",  # over input.max_pixels, by its header
+    "too_many_pixels",  # over input.max_pixels, or what a slow decoder is given, by its header
     "bad_caption",  # the caption is not UTF-8, or not text
     "bad_json",  # the json member is not a JSON object
     "bad_uid",  # input.uid_field is named and the sample has no such 128-bit value

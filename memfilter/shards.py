@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import glob
+import io
 import json
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import IO, TypeVar
 
 import braceexpand
 import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from .errors import ConfigError, InputError, ShardError, in_one_line
 from .records import Shard
@@ -20,7 +25,10 @@ from .remote import TIMEOUT, RemoteStream, Told, cause, retried
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
+_MAX_STATS = 1 << 20  # bytes that are read of a `_stats.json`
 REMEDY = "fetch it again or pass on_bad_shard: skip"
+
+T = TypeVar("T")
 
 
 def find_shards(patterns: Iterable[str], root: str | None = None, allow_pipe: bool = False) -> tuple[list[Shard], str]:
@@ -149,20 +157,60 @@ def _common_folder(paths: Iterable[str]) -> str:
     return "/".join(shared)
 
 
-def check_stats(shard: Shard, samples: int, timeout: float = TIMEOUT) -> None:
-    """Raise ShardError when an img2dataset `_stats.json` beside the shard counts other than `samples` successes."""
+def check_side_cars(shard: Shard, keys: list[str], timeout: float = TIMEOUT) -> None:
+    """Raise ShardError when img2dataset's files beside the shard tell of other samples than these, one key each.
+
+    `STEM_stats.json` counts the successes, `STEM.parquet` lists their keys.  A side-car that cannot be read as such is
+    nothing to check against.
+    """
     if shard.url.startswith("pipe:"):
         return
-    path = f"{shard_stem(shard.url.split('?')[0])}_stats.json"
+    stem = shard_stem(shard.url.split("?")[0] if SCHEME.match(shard.url) else shard.url)
+    stats = _read_side_car(f"{stem}_stats.json", timeout, lambda f: json.loads(f.read(_MAX_STATS)))
+    expected = stats.get("successes") if isinstance(stats, dict) else None
+    if type(expected) is int and expected != len(keys):
+        raise ShardError(
+            f"{shard.name}: holds {len(keys):,} samples, {PurePosixPath(stem).name}_stats.json counts {expected:,}; "
+            f"{REMEDY}"
+        )
+    listed = _read_side_car(f"{stem}.parquet", timeout, _successes)
+    if listed is None:
+        return
+    held = set(keys)
+    differences = {"missing": listed - held, "extra": held - listed}
+    told = [f"{len(some):,} {how} (first {min(some)!r})" for how, some in differences.items() if some]
+    if told:
+        raise ShardError(
+            f"{shard.name}: its keys are not those that {PurePosixPath(stem).name}.parquet lists as success: "
+            f"{', '.join(told)}; {REMEDY}"
+        )
+
+
+def _read_side_car(path: str, timeout: float, read: Callable[[IO[bytes]], T]) -> T | None:
     try:
-        with RemoteStream(path, timeout=timeout) if SCHEME.match(path) else open(path, "rb") as f:
-            stats = json.loads(f.read())
+        if SCHEME.match(path):
+            with RemoteStream(path, timeout=timeout) as stream:
+                return read(io.BytesIO(stream.read()))
+        with open(path, "rb") as f:
+            return read(f)
     except MemoryError:
         raise
-    except Exception:  # no side-car, or one that is none of ours: nothing to check against
-        return
-    expected = stats.get("successes") if isinstance(stats, dict) else None
-    if isinstance(expected, int) and expected != samples:
-        raise ShardError(
-            f"{shard.name}: holds {samples:,} samples, {PurePosixPath(path).name} counts {expected:,}; {REMEDY}"
-        )
+    except Exception:  # no side-car, or one that is none of ours
+        return None
+
+
+def _successes(file: IO[bytes]) -> set[str] | None:
+    """Return the keys that an img2dataset parquet lists with status `success`; its rows are in no order."""
+    table = pq.ParquetFile(file)
+    if not all(_is_text(table.schema_arrow.field(name).type) for name in ("key", "status")):
+        return None
+    keys: set[str] = set()
+    for batch in table.iter_batches(columns=["key", "status"]):
+        succeeded = batch.filter(pc.fill_null(pc.equal(batch["status"].cast(pa.string()), "success"), False))
+        keys.update(succeeded["key"].drop_null().to_pylist())
+    return keys
+
+
+def _is_text(type: pa.DataType) -> bool:
+    value = type.value_type if pa.types.is_dictionary(type) else type
+    return bool(pa.types.is_string(value) or pa.types.is_large_string(value))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import defaultdict
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from . import images
 from .captions import fingerprint
@@ -24,11 +25,13 @@ from .config import Config, digest_of
 from .encoders import image_encoder
 from .errors import RunError, ShardError
 from .records import Shard, signature_schema
-from .shards import REMEDY, check_stats
+from .shards import REMEDY, check_side_cars
 from .source import Member, Members, open_shard, printable_key, sample_uid
 from .store import done, read_note, write_table
 
 _BATCH = 256
+_MAX_TEXT = 16 * 2**20  # bytes; as a json's objects they take up to thirty times as many
+_MAX_NESTING = 100
 _CONFIG_KEYS = (
     "input.caption",
     "input.caption_field",
@@ -94,7 +97,7 @@ def sign(shard: Shard, path: Path, config: Config) -> Signed:
     try:
         with open_shard(shard, config.input.timeout) as members:
             table = _signatures(members, config)
-        check_stats(shard, table.num_rows, config.input.timeout)
+        check_side_cars(shard, table["key"].to_pylist(), config.input.timeout)
         note |= {"bytes": members.stored.size, "digest": members.stored.digest}
     except ShardError as e:
         if config.input.on_bad_shard == "stop":
@@ -144,37 +147,45 @@ def _signatures(members: Members, config: Config) -> pa.Table:
     signer = Signer(config)
     rows: list[dict[str, Any]] = []
     tables: list[pa.Table] = []
-    occurrences: defaultdict[bytes, list[int]] = defaultdict(list)
+    first: dict[bytes, int] = {}
+    repeated: set[int] = set()
     samples = groupby((m for m in members if m.index >= 0), key=lambda m: m.index)
     for index, sample in samples:
         key, row = signer.read(members.name, index, sample)
-        occurrences[key].append(index)
+        if (before := first.setdefault(key, index)) != index:
+            repeated |= {before, index}
         rows.append(row)
         if len(rows) == _BATCH:
             tables.append(signer.table(rows))
             rows = []
     tables.append(signer.table(rows))
-    table = pa.concat_tables(tables).combine_chunks()
-    repeated = sorted(i for places in occurrences.values() if len(places) > 1 for i in places)
-    return _spoil(table, repeated, "repeated_key", "the key comes back in its shard") if repeated else table
+    for i in sorted({index // _BATCH for index in repeated}):
+        tables[i] = _spoil(tables[i], repeated, "repeated_key", "the key comes back in its shard")
+    return pa.concat_tables(tables).unify_dictionaries()
 
 
-def _spoil(table: pa.Table, indices: list[int], code: str, detail: str) -> pa.Table:
+def _spoil(table: pa.Table, indices: set[int], code: str, detail: str) -> pa.Table:
     """Return the table with the samples at these indices made bad."""
-    keep = np.ones(table.num_rows, bool)
-    keep[indices] = False
-    mask = pa.array(keep)
-    for i, name in enumerate(table.schema.names):
-        column = table.column(name).combine_chunks()
-        if name == "bad":
-            column = pa.array(np.where(keep, column.to_pylist(), code).tolist(), table.schema.field(name).type)
-        elif name == "detail":
-            column = pa.array(np.where(keep, column.to_pylist(), detail).tolist(), pa.string())
-        elif name not in ("uid", "index", "key"):
-            nulls = pa.nulls(table.num_rows, column.type)
-            column = pa.compute.if_else(mask, column, nulls)
-        table = table.set_column(i, table.schema.field(name), column)
+    spoiled = [index in indices for index in table["index"].to_pylist()]
+    made = {"bad": code, "detail": detail}
+    for i, field in enumerate(table.schema):
+        if field.name in made:
+            values = [made[field.name] if s else v for s, v in zip(spoiled, table[i].to_pylist(), strict=True)]
+            column = pa.array(values, field.type)
+        elif field.name in ("uid", "index", "key"):
+            continue
+        elif all(spoiled):
+            column = _nulls(len(spoiled), field.type)
+        else:
+            column = pc.if_else(pa.array(spoiled), pa.nulls(len(spoiled), field.type), table[i])
+        table = table.set_column(i, field, column)
     return table
+
+
+@lru_cache(8)
+def _nulls(length: int, type: pa.DataType) -> pa.Array:
+    """Return nulls that share their memory with all others: one thumbnail takes a KiB even where there is none."""
+    return pa.nulls(length, type)
 
 
 def hasher(name: str) -> Any:
@@ -212,11 +223,15 @@ class Signer:
             if plain:
                 rows[i]["look"] = images.look(rows[i]["thumbnail"])
         columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in self.schema.names}
-        columns["thumbnail"] = [row["thumbnail"].tobytes() if "thumbnail" in row else None for row in rows]
-        if self.encoder:
+        if good:
+            columns["thumbnail"] = [row["thumbnail"].tobytes() if "thumbnail" in row else None for row in rows]
+        else:
+            columns["thumbnail"] = _nulls(len(rows), self.schema.field("thumbnail").type)
+        if self.encoder and not good:
+            columns["embedding"] = _nulls(len(rows), self.schema.field("embedding").type)
+        elif self.encoder:
             embeddings = np.zeros((len(rows), self.encoder.dim), np.float16)
-            if good:
-                embeddings[good] = self.encoder.encode(np.stack([rows[i]["square"] for i in good]))
+            embeddings[good] = self.encoder.encode(np.stack([rows[i]["square"] for i in good]))
             flat, missing = pa.array(embeddings.ravel()), pa.array(~is_good)
             columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, self.encoder.dim, mask=missing)
         return pa.table(columns, schema=self.schema)
@@ -233,10 +248,13 @@ class Signer:
             if not is_image and member.suffix not in ("txt", "json"):
                 continue
             if not member.supported:
-                kind = _KINDS.get(member.kind, "a sparse file")
+                kind = _KINDS.get(member.kind, f"of type {member.kind!r}")
                 fault = fault or _Bad("unsupported_member", f"its {member.suffix} is {kind}, not a file")
             elif member.size > self.config.input.max_bytes:
                 limit = f"input.max_bytes = {self.config.input.max_bytes:,}"
+                fault = fault or _Bad("too_many_bytes", f"its {member.suffix} of {member.size:,} bytes is over {limit}")
+            elif member.size > _MAX_TEXT and not is_image:
+                limit = f"the {_MAX_TEXT:,} of a text"
                 fault = fault or _Bad("too_many_bytes", f"its {member.suffix} of {member.size:,} bytes is over {limit}")
             elif not is_image:
                 texts[member.suffix] = member.read()
@@ -279,6 +297,8 @@ class Signer:
         fields: Any = {}
         if "json" in texts:
             try:
+                if _nests_deeper(texts["json"], _MAX_NESTING):
+                    raise ValueError(f"it nests deeper than {_MAX_NESTING}")
                 fields = json.loads(texts["json"])
             except (ValueError, RecursionError) as e:
                 raise _Bad("bad_json", f"the json member cannot be read: {e}"[:200]) from e
@@ -286,7 +306,8 @@ class Signer:
                 if from_json or config.uid_field:
                     raise _Bad("bad_json", f"the json member holds a {type(fields).__name__}, not an object")
                 fields = {}
-        caption = (fields.get(config.caption_field) or "") if from_json else _text(texts.get("txt", b""))
+        caption = fields.get(config.caption_field) if from_json else _text(texts.get("txt", b""))
+        caption = "" if caption is None else caption
         more = fields.get("captions")
         if not isinstance(more, list) or not all(isinstance(c, str) for c in more):
             more = []  # a field of that name with another meaning
@@ -302,7 +323,20 @@ class Signer:
         return row
 
 
-_KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
+_KINDS = {
+    **{b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe"},
+    **dict.fromkeys((b"0", b"\0", b"7", b"S"), "a sparse file"),
+}
+_ESCAPE, _STRING = re.compile(rb"\\.", re.DOTALL), re.compile(rb'"[^"]*(?:"|\Z)')
+
+
+def _nests_deeper(text: bytes, limit: int) -> bool:
+    """Tell whether a json nests deeper: how deep the parser itself goes depends on where it is called from."""
+    if text.count(b"[") + text.count(b"{") <= limit:
+        return False
+    outside = np.frombuffer(_STRING.sub(b"", _ESCAPE.sub(b"", text)), np.uint8)
+    steps = np.isin(outside, list(b"[{")).astype(np.int32) - np.isin(outside, list(b"]}"))
+    return bool(steps.cumsum().max(initial=0) > limit)
 
 
 def _text(data: bytes) -> str:

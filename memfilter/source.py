@@ -27,9 +27,11 @@ from .shards import REMEDY, SCHEME
 
 BLOCK = 512
 _BUFFER = 128 << 10
-_KEY = re.compile(rb"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+# webdataset's ((?:.*/|)[^.]+)[.]([^/]*), which takes hours for a long name without a dot, in linear time
+_KEY = re.compile(rb"((?:.*/|)(?:[^./]+|[^./]*/))[.]([^/]*)", re.DOTALL)
 _META = re.compile(rb"__[^/]*__(?:/|$)")
 _MAX_EXTENSION = 1 << 20
+_CHUNK = 1 << 24  # bytes that are asked of a stream at once, whatever size a header claims
 _REGULAR, _PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK = (b"0", b"\0", b"7"), (b"x", b"X"), b"g", b"L", b"K"
 _EXTENSIONS = (*_PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK)
 _NO_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
@@ -200,16 +202,18 @@ class Members:
 
     def _read(self, size: int) -> bytes:
         """Return up to `size` bytes, fewer only where the stream ends."""
+        chunks: list[bytes] = []
+        left = size
         try:
-            data = self._stream.read(size)
-            while len(data) < size and (more := self._stream.read(size - len(data))):
-                data += more
+            while left and (chunk := self._stream.read(min(left, _CHUNK))):
+                chunks.append(chunk)
+                left -= len(chunk)
         except MemoryError:
             raise
         except Exception as e:  # fsspec's back ends raise what they like
             raise _unreadable(self.name, e) from e
-        self._offset += len(data)
-        return data
+        self._offset += size - left
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def rest(self) -> Iterator[bytes]:
         """Yield what is left of the current member's data and padding."""
@@ -236,6 +240,9 @@ class Members:
             data = self.take(size, "an extension header")
             head += data + self.take(-size % BLOCK, "an extension header")
             if kind == _PAX_GLOBAL:
+                for keyword, _ in self._pax(data):
+                    if keyword in (b"path", b"size") or keyword.startswith(b"GNU.sparse."):
+                        raise self._fail(f"a pax header that sets {keyword[:20]!r} of every member")
                 return Member(b"", kind, 0, head, reader=self)
             if kind in _PAX:
                 own.update(self._pax(data))
@@ -257,7 +264,7 @@ class Members:
                 supported = False
                 own[b"path"] = own.get(b"GNU.sparse.name", own.get(b"path", b""))
             if b"size" in own:
-                if not own[b"size"].isdigit():
+                if not own[b"size"].isdigit() or len(own[b"size"]) > 20:
                     raise self._fail(f"a pax size of {own[b'size'][:20]!r}")
                 size = int(own[b"size"])
         if kind in _NO_DATA:

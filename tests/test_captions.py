@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import unicodedata
 from itertools import combinations
 
@@ -117,6 +118,19 @@ def test_fingerprints_are_the_same_in_every_process() -> None:
 
 def test_a_caption_of_a_million_characters_has_a_fingerprint_of_16_bytes() -> None:
     assert len(fingerprint("Ünïcödé, " * 120_000) or b"") == 16
+
+
+@pytest.mark.parametrize("run", ["\u0301\u0323", "\u0301\u0301\u0301\u0323", "\u05b0\u0301\u0323\u3099"])
+def test_a_million_combining_marks_have_a_fingerprint_in_passable_time(run: str) -> None:
+    start = time.process_time()
+    caption = "a" + run * (1_000_000 // len(run))
+    assert fingerprint(caption) != fingerprint(caption + run)
+    assert normalise(once := normalise(caption)) == once
+    assert time.process_time() - start < 10
+
+
+def test_up_to_thirty_marks_on_a_letter_are_put_in_their_order() -> None:
+    assert same("a" + "\u0301" * 15 + "\u0323" * 15, "a" + "\u0323" * 15 + "\u0301" * 15)
 
 
 def test_the_normal_form_of_every_letter_mark_and_sign_is_its_own() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import resource
 import struct
+import subprocess
+import sys
 import tarfile
 import time
 import zlib
@@ -428,6 +430,107 @@ def test_max_pixels_is_the_largest_number_of_pixels_that_is_decoded(format: str,
     assert decode(data, full, 8000).width == 100
     found = fault(data, full, 7999)
     assert (found.code, found.detail) == ("too_many_pixels", "100x80 is over input.max_pixels = 7,999")
+
+
+def grey_tiff(width: int, height: int, data: bytes, **more: int) -> bytes:
+    """Return a grey TIFF with deflated data, in tiles if their sides are given as `t322` and `t323`."""
+    tags = {256: width, 257: height, 258: 8, 259: 8, 262: 1, 277: 1} | {int(k[1:]): v for k, v in more.items()}
+    tags |= {324: -1, 325: len(data)} if "t322" in more else {273: -1, 278: height, 279: len(data)}
+    place = 10 + 12 * len(tags) + 4
+    entries = [struct.pack("<HHII", t, 4, 1, place if v < 0 else v) for t, v in sorted(tags.items())]
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(entries) + bytes(4) + data
+
+
+@BOTH
+def test_a_tile_of_a_tiff_counts_as_the_pixels_that_it_decodes_to(full: bool) -> None:
+    data = zlib.compress(bytes(4096))
+    assert opened(grey_tiff(64, 64, data, t322=64, t323=64), full).width == 64
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = fault(grey_tiff(64, 64, zlib.compress(bytes(2**20)), t322=2**15, t323=2**15), full)
+    assert (found.code, found.detail) == ("too_many_pixels", "32768x32768 is over input.max_pixels = 178,956,970")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000  # KiB; the tile is 1 GB
+
+
+@BOTH
+def test_a_damaged_tiff_prints_nothing(full: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    packed = zlib.compress(bytes(4096))[:20]
+    assert fault(grey_tiff(512, 512, packed, t322=512, t323=512), full).code == "unreadable_image"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tiff_is_decoded_where_standard_error_is_closed() -> None:
+    code = "import sys; sys.path.insert(0, 'tests'); from test_images import *; "
+    code += "print(opened(grey_tiff(64, 64, zlib.compress(bytes(4096))), False).width)"
+    command = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, code]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("64\n", 0)
+
+
+def bmp_by_run_lengths(width: int, height: int, body: bytes) -> bytes:
+    info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(body), 0, 0, 256, 256)
+    return b"BM" + struct.pack("<IHHI", 1078 + len(body), 0, 0, 1078) + info + bytes(range(256)) * 4 + body
+
+
+SLOW = {
+    "bmp": lambda side: bmp_by_run_lengths(side, side, b"\x01\x05\0\0" * side + b"\0\x01"),
+    "plain-ppm": lambda side: b"P2\n%d %d\n255\n" % (side, side) + b"7 " * side**2,
+    "ppm-of-100-levels": lambda side: b"P5\n%d %d\n99\n" % (side, side) + bytes(side**2),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("kind", SLOW)
+def test_what_pillow_decodes_in_python_is_held_to_fewer_pixels(kind: str, full: bool) -> None:
+    assert opened(SLOW[kind](50), full).width == 50
+    start = time.perf_counter()
+    found = fault(SLOW[kind](4100), full)
+    assert found.code == "too_many_pixels"
+    assert "4100x4100 is over the 16,777,216 that are decoded of" in found.detail
+    assert time.perf_counter() - start < 1
+
+
+@BOTH
+def test_a_jpeg_of_a_thousand_scans_is_refused_before_they_are_decoded(full: bool) -> None:
+    data = encoded(picture(0, 2000, 1500), progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    assert opened(data[:-2] + scan * 20 + data[-2:], full).width == 2000
+    start = time.perf_counter()
+    found = fault(data[:-2] + scan * 1000 + data[-2:], full)
+    assert (found.code, found.detail) == (
+        "unreadable_image",
+        "the JPEG has more than 100 scans, each over all its pixels",
+    )
+    assert time.perf_counter() - start < 1
+
+
+@BOTH
+@pytest.mark.parametrize("where", ["behind", "metadata"])
+def test_only_the_scans_of_the_jpeg_itself_are_counted(where: str, full: bool) -> None:
+    data, noise = encoded(picture(0)), b"\xff\xda" * 1000
+    segment = b"\xff\xe5" + struct.pack(">H", 2 + len(noise)) + noise
+    assert opened(data + noise if where == "behind" else data[:2] + segment + data[2:], full).width == 96
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+sys.path.insert(0, "tests")
+from test_images import decode, png
+data = png(13_000, 13_000)
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 100 * 2**20,) * 2)
+try:
+    decode(data, sys.argv[1] == "True", 178_956_970)
+except MemoryError:
+    print("out of memory")
+"""
+
+
+@BOTH
+def test_that_memory_is_short_is_no_fault_of_the_image(full: bool) -> None:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", OUT_OF_MEMORY, str(full)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("out of memory\n", 0), done.stderr
 
 
 # -- odd sizes --------------------------------------------------------------------------------------------------------

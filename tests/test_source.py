@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset.tariterators
 from conftest import write_tar
@@ -25,13 +27,12 @@ from tars import BLOCK, FORMATS, Entry, ended, header_places, mended, patched, s
 
 from memfilter.errors import ConfigError, InputError, ShardError
 from memfilter.records import Shard
-from memfilter.shards import check_stats, find_shards
+from memfilter.shards import check_side_cars, find_shards
 from memfilter.source import Member, Members, open_shard, printable_key, sample_uid
 
 NAME = "part/00000.tar"
-THREE = [
-    (f"{key}.{suffix}", f"{key} {suffix} ".encode() * 25) for key in ("000", "001", "002") for suffix in ("jpg", "txt")
-]
+KEYS = ["000", "001", "002"]
+THREE = [(f"{key}.{suffix}", f"{key} {suffix} ".encode() * 25) for key in KEYS for suffix in ("jpg", "txt")]
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -657,6 +658,48 @@ def test_a_pax_size_that_is_no_number_is_refused() -> None:
     assert_refused(reader(data), "pax size")
 
 
+@pytest.mark.parametrize("digits", [21, 5000])
+def test_a_pax_size_of_more_digits_than_any_file_has_bytes_is_refused(digits: int) -> None:
+    data = tar_of([(special("a.jpg", tarfile.REGTYPE, size="9" * digits), b"x")])
+    assert_refused(reader(data), "pax size of b'99999")
+
+
+@pytest.mark.parametrize("size", [600 * 2**20, 2**63, 2**87])
+def test_a_size_beyond_the_tar_is_refused_to_one_who_reads_without_the_memory_for_it(size: int) -> None:
+    data = mended(patched(tar_of([("a.jpg", b"x" * 600)], "gnu"), 124, b"\x80" + size.to_bytes(11, "big")), 0)
+    tracemalloc.start()
+    with pytest.raises(ShardError, match="ends inside a member at byte 10,240"):
+        contents(reader(data))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 * 2**20
+
+
+@pytest.mark.parametrize("records", [{"path": "a.jpg"}, {"size": "1"}, {"GNU.sparse.size": "1"}])
+def test_a_pax_header_that_renames_or_resizes_every_member_is_refused(records: dict[str, str]) -> None:
+    assert_refused(reader(tar_of([("a.jpg", b"x")], **records)), "of every member")
+
+
+def test_a_damaged_pax_header_for_all_members_is_refused() -> None:
+    data = tar_of([("a.jpg", b"x")], comment="c" * 40)
+    assert data[156:157] == b"g"
+    assert_refused(reader(patched(data, BLOCK, b"9 comment:")), "damaged pax header")
+
+
+@pytest.mark.parametrize("name", [b"/" * 1_000_000, b"a/" * 500_000, b"_" * 1_000_000, b"__" + b"a" * 1_000_000])
+def test_a_name_of_a_million_bytes_is_taken_apart_in_passable_time(name: bytes) -> None:
+    start = time.process_time()
+    (member,) = reader(ended(raw_entry(b"L", name + b"\0") + raw_entry(b"0", b"")))
+    assert (member.name, member.index) == (name, -1)
+    assert time.process_time() - start < 3
+
+
+def raw_entry(kind: bytes, data: bytes) -> bytes:
+    info = special("x", kind)
+    info.size = len(data)
+    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % BLOCK)
+
+
 def test_an_extension_header_beyond_measure_is_refused() -> None:
     info = special("pax", tarfile.XHDTYPE)
     info.size = 2**33 - 1
@@ -728,6 +771,18 @@ class Breaks(io.BytesIO):
 
 def test_a_stream_that_breaks_is_refused_in_one_line() -> None:
     assert_refused(Members(Breaks(SMALL), NAME), "away")
+
+
+class Short(io.BytesIO):
+    """Stands for a machine that has no memory left."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        raise MemoryError
+
+
+def test_that_memory_is_short_is_no_fault_of_the_shard() -> None:
+    with pytest.raises(MemoryError):
+        raw(Members(Short(SMALL), NAME))
 
 
 # -- fuzzing ----------------------------------------------------------------------------------------------------------
@@ -829,26 +884,90 @@ def test_a_stats_file_that_counts_otherwise_is_refused(tmp_path: Path, name: str
     shard = shard_at(tmp_path, SMALL, name)
     (tmp_path / "00000_stats.json").write_text(json.dumps({"count": 5, "successes": 4}))
     with pytest.raises(ShardError, match=rf"^{name}: holds 3 samples, 00000_stats\.json counts 4") as caught:
-        check_stats(shard, 3)
+        check_side_cars(shard, KEYS)
     assert len(str(caught.value).splitlines()) == 1
-    check_stats(shard, 4)
+    check_side_cars(shard, [*KEYS, "003"])
 
 
 def test_a_stats_file_beside_a_url_is_asked(memory: str) -> None:
     put(f"{memory}/0_stats.json", json.dumps({"successes": 4}).encode())
     (shard,), _ = find_shards([put(f"{memory}/0.tar", SMALL)])
-    check_stats(shard, 4)
+    check_side_cars(shard, [*KEYS, "003"])
     with pytest.raises(ShardError, match=r"^0\.tar: "):
-        check_stats(shard, 3)
+        check_side_cars(shard, KEYS)
 
 
 @pytest.mark.parametrize(
-    "text", [None, "", "not json", "[3]", '{"successes": null}', '{"count": 9}', '{"successes": 3}']
+    "text",
+    [
+        *(None, "", "not json", "[3]", "[" * 99_999, '{"count": 9}'),
+        *('{"successes": null}', '{"successes": true}', '{"successes": 3}'),
+    ],
 )
 def test_no_stats_file_or_one_of_another_kind_passes(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "00000_stats.json").write_text(text)
-    check_stats(shard_at(tmp_path, SMALL), 3)
+    check_side_cars(shard_at(tmp_path, SMALL), KEYS)
+
+
+def side_car(folder: Path, name: str = "00000.parquet", **columns: object) -> None:
+    pq.write_table(pa.table(columns), folder / name)
+
+
+FAILED = ["failed_to_download", "failed_to_resize"]
+LISTED = {"key": ["002", "777", "000", "888", "001"], "status": ["success", FAILED[0], "success", FAILED[1], "success"]}
+
+
+@pytest.mark.parametrize("type", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())])
+def test_a_parquet_that_lists_the_keys_in_any_order_among_failed_ones_passes(tmp_path: Path, type: pa.DataType) -> None:
+    side_car(tmp_path, key=pa.array(LISTED["key"], type), status=pa.array(LISTED["status"], type))
+    check_side_cars(shard_at(tmp_path, SMALL), KEYS)
+
+
+@pytest.mark.parametrize("name", ["00000.tar", "00000.tar.gz", "a?b.tar", "a#b.tgz"])
+def test_a_parquet_that_lists_other_keys_is_refused_with_their_number_and_the_first(tmp_path: Path, name: str) -> None:
+    shard, stem = shard_at(tmp_path, SMALL, name), name.split(".")[0]
+    side_car(tmp_path, f"{stem}.parquet", **LISTED)
+    for keys, told in (
+        (["000", "001"], "1 missing (first '002')"),
+        ([*KEYS, "b", "777"], "2 extra (first '777')"),
+        (["000", "a"], "2 missing (first '001'), 1 extra (first 'a')"),
+    ):
+        with pytest.raises(ShardError) as caught:
+            check_side_cars(shard, keys)
+        assert str(caught.value) == (
+            f"{name}: its keys are not those that {stem}.parquet lists as success: {told}; "
+            "fetch it again or pass on_bad_shard: skip"
+        )
+    check_side_cars(shard, KEYS)
+
+
+def test_a_parquet_beside_a_url_is_asked(memory: str, tmp_path: Path) -> None:
+    side_car(tmp_path, **LISTED)
+    put(f"{memory}/0.parquet", (tmp_path / "00000.parquet").read_bytes())
+    (shard,), _ = find_shards([put(f"{memory}/0.tar", SMALL)])
+    check_side_cars(shard, KEYS)
+    with pytest.raises(ShardError, match=r"^0\.tar: its keys are .*: 1 missing"):
+        check_side_cars(shard, KEYS[:2])
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"key": ["a"]}, {"status": ["success"]}, {"key": [1], "status": ["success"]}, {"key": ["a"], "status": [1.5]}],
+)
+def test_a_parquet_of_other_columns_is_nothing_to_check_against(tmp_path: Path, columns: dict[str, object]) -> None:
+    side_car(tmp_path, **columns)
+    check_side_cars(shard_at(tmp_path, SMALL), KEYS)
+
+
+@pytest.mark.parametrize("damage", [lambda d: b"", lambda d: d[:-9], lambda d: d[:40] + b"?" * 30 + d[70:]])
+def test_a_damaged_parquet_is_nothing_to_check_against(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    side_car(tmp_path, key=["other"], status=["success"])
+    path = tmp_path / "00000.parquet"
+    with pytest.raises(ShardError):
+        check_side_cars(shard_at(tmp_path, SMALL), KEYS)
+    path.write_bytes(damage(path.read_bytes()))
+    check_side_cars(shard_at(tmp_path, SMALL), KEYS)
 
 
 # -- identity ---------------------------------------------------------------------------------------------------------
