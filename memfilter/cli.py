@@ -97,6 +97,9 @@ def main(arguments: list[str] | None = None) -> Any:
     except MemfilterError as e:
         click.echo(f"memfilter: {e}", err=True)
         code = 1
+    except MemoryError:
+        click.echo("memfilter: out of memory; run the same command again with fewer --workers or more memory", err=True)
+        code = 1
     except OSError as e:  # a full disk, a folder that may not be written
         click.echo(
             f"memfilter: {e.filename or 'file system'}: {e.strerror or e}; run the same command again after mending",

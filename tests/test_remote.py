@@ -35,7 +35,7 @@ import memfilter
 from memfilter import Config, InputError, Manifest, ShardError
 from memfilter.records import Shard
 from memfilter.remote import RemoteStream
-from memfilter.shards import check_stats, find_shards
+from memfilter.shards import check_side_cars, find_shards
 from memfilter.source import open_shard
 
 Fault = tuple[str, int]
@@ -452,7 +452,7 @@ def test_a_side_car_is_asked_for_again(server: Server) -> None:
     server.put("0_stats.json", b'{"successes": 4}')
     server.gets["0_stats.json"] = iter([("status", 500)])
     with pytest.raises(ShardError, match=r"^0\.tar: holds 3 samples, 0_stats\.json counts 4"):
-        check_stats(Shard("0.tar", url, None), 3)
+        check_side_cars(Shard("0.tar", url, None), ["a", "b", "c"])
 
 
 # -- end to end -------------------------------------------------------------------------------------------------------
