@@ -119,10 +119,7 @@ def _forget_changed(shards: list[Shard], stored: dict[str, Any], store: Store) -
 
     It comes before the new versions are stored, so that a run that is killed in between notices again.
     """
-    try:
-        known = {shard.name: shard.version for shard in (Shard(*values) for values in stored["shards"])}
-    except (KeyError, TypeError):  # a new directory, or a damaged one
-        known = {}
+    known = {shard.name: shard.version for shard in (Shard(*values) for values in stored.get("shards", []))}
     for shard in shards:
         if shard.name not in known or known[shard.name] != shard.version:
             store.signatures(shard.name).unlink(missing_ok=True)

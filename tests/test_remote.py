@@ -8,7 +8,6 @@ import hashlib
 import http.server
 import io
 import itertools
-import json
 import os
 import re
 import signal
@@ -656,17 +655,6 @@ def test_a_run_killed_while_it_forgets_what_changed_loses_nothing(folder: Path, 
     (tmp_path / "out" / "signatures" / "00002.tar.parquet").unlink()  # and run.json is still the old one
     again = memfilter.run([str(folder)], tmp_path / "out", workers=1)
     assert tree(again) == tree(memfilter.run([str(folder)], tmp_path / "fresh", workers=1))
-
-
-def test_a_run_that_stored_no_versions_can_be_rethresholded_and_run_again(folder: Path, tmp_path: Path) -> None:
-    before = tree(memfilter.run([str(folder)], tmp_path / "out", workers=1))
-    stored = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert all(isinstance(version, str) for *_, version in stored["shards"])
-    for shards in ([s[:3] for s in stored["shards"]], [[]], "damaged"):
-        (tmp_path / "out" / "run.json").write_text(json.dumps({**stored, "shards": shards}))
-        if len(shards) == 3:
-            assert tree(memfilter.rethreshold(tmp_path / "out", workers=1)) == before
-        assert tree(memfilter.run([str(folder)], tmp_path / "out", workers=1)) == before
 
 
 # -- what stays broken -------------------------------------------------------------------------------------------------
