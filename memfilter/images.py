@@ -59,7 +59,7 @@ def decode(data: bytes, full: bool, max_pixels: int, side: int = HASH_SIDE) -> D
     if not data:
         raise BadImage("empty_image", "the image member has 0 bytes")
     is_jpeg = data[:3] == b"\xff\xd8\xff"
-    if is_jpeg and data.count(b"\xff\xda") > _MAX_SCANS and _scans(data) > _MAX_SCANS:
+    if is_jpeg and not _is_one_scan(data) and _scans(data) > _MAX_SCANS:
         raise BadImage("unreadable_image", f"the JPEG has more than {_MAX_SCANS} scans, each over all its pixels")
     if is_jpeg and not full:
         try:
@@ -193,6 +193,19 @@ def _check_work(image: Image.Image, max_pixels: int) -> None:
     if codec in Image.DECODERS and image.width * image.height > _SLOW_PIXELS:
         slow = f"{image.width}x{image.height} is over the {_SLOW_PIXELS:,} that are decoded of {codec}, in Python"
         raise BadImage("too_many_pixels", slow)
+
+
+def _is_one_scan(jpeg: bytes) -> bool:
+    """Tell whether a JPEG is sequential with all its components in one scan, as nearly all are: no other is decoded."""
+    at, components = 2, 0
+    while jpeg[at : at + 1] == b"\xff" and at + 9 < len(jpeg):
+        marker = jpeg[at + 1]
+        if marker in (0xC0, 0xC1):
+            components = jpeg[at + 9]
+        elif marker == 0xDA:
+            return jpeg[at + 4] == components
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return False
 
 
 def _scans(jpeg: bytes) -> int:
