@@ -42,10 +42,8 @@ def run(out: Path, workers: int | None = None) -> list[str]:
 
 def _memorization(planted: list[Planted], manifest: Manifest, repeated: list[Pair], once: list[Pair]) -> list[str]:
     """Return the table's last part: pairs planted, drawn again by the model, and found by their magnitude."""
-    table = manifest.table(["key", "reasons"])
-    flagged = {
-        int(k) for k, r in zip(*(table[c].to_pylist() for c in ("key", "reasons")), strict=True) if "magnitude" in r
-    }
+    rows = manifest.table(["key", "reasons"]).to_pylist()
+    flagged = {int(row["key"]) for row in rows if "magnitude" in row["reasons"]}
     ordinary = {i for i, p in enumerate(planted) if p.kind == "single"}
     lines = [f"{'specific captions':26}{'pairs':>8}{'drawn':>8}   magnitude over {manifest.info['threshold']:.2f}"]
     for kind, pairs in ((f"seen {TIMES} times", repeated), ("seen once", once)):
