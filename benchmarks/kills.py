@@ -95,6 +95,7 @@ class Trial:
         """Return the process id of a fork that runs the main job and leaves."""
         pid = os.fork()
         if pid:
+            os.setpgid(pid, pid)  # here as well: it may be killed before it comes to that
             return pid
         try:
             os.setpgid(0, 0)
