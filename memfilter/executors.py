@@ -78,6 +78,9 @@ def run(
                     again.append(i)
                     idle.append(_Worker())
                 else:
+                    if worker.was_stopped:  # as it handed its result over: the next item is not to die of that
+                        worker.end()
+                        worker = _Worker()
                     idle.append(worker)
                     yield result
     finally:
@@ -122,6 +125,11 @@ class _Worker:
         (self._process,) = self._pool._processes.values()
         return future
 
+    @property
+    def was_stopped(self) -> bool:
+        """True once the process has been killed for its memory."""
+        return self._taken > 0
+
     def hold_to(self, max_memory: int) -> None:
         """Kill the process if it holds more than so many bytes."""
         try:
@@ -138,7 +146,7 @@ class _Worker:
             self._process.terminate()
         self._pool.shutdown(wait=True, cancel_futures=True)
         code = self._process and self._process.exitcode  # known for sure once the pool has reaped it
-        if self._taken:
+        if self.was_stopped:
             return f"it held {self._taken / 2**20:,.0f} MiB of memory, over input.max_memory"
         if isinstance(error, MemoryError):
             return "out of memory"
