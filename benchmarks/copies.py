@@ -72,7 +72,9 @@ def _rendered(x: Tensor, random: Random, strength: npt.NDArray[np.float64]) -> T
     source[shrinks] = conv2d(source[shrinks], _gaussian(0.6), padding="same") if shrinks.any() else source[shrinks]
     taken_pixels = grid_sample(source, torch.from_numpy(grid), "bilinear", "border", align_corners=False)[:, 0]
     outside = torch.from_numpy((np.abs(grid) > 1).any(-1))
-    return torch.where(outside & torch.from_numpy(random.random(n) < 0.93)[:, None, None], _ground(x, random), taken_pixels)
+    return torch.where(
+        outside & torch.from_numpy(random.random(n) < 0.93)[:, None, None], _ground(x, random), taken_pixels
+    )
 
 
 def _ground(x: Tensor, random: Random) -> Tensor:
@@ -184,7 +186,7 @@ def _levels(x: Tensor, random: Random, chosen: npt.NDArray[np.int64], strength: 
 
 def _gaussian(sigma: float) -> Tensor:
     reach = max(1, round(2.5 * sigma))
-    line = torch.exp(-torch.arange(-reach, reach + 1).float() ** 2 / (2 * sigma * sigma))
+    line = torch.exp(-(torch.arange(-reach, reach + 1).float() ** 2) / (2 * sigma * sigma))
     line = line / line.sum()
     return torch.outer(line, line)[None, None]
 
@@ -205,7 +207,9 @@ def _softened(x: Tensor, random: Random) -> Tensor:
         chosen = _choose(n, 0.03, random)
         if len(chosen):
             mode = "nearest" if random.random() < 0.5 else "bilinear"
-            x[chosen] = interpolate(interpolate(x[chosen][:, None], (coarse, coarse), mode="area"), (side, side), mode=mode)[:, 0]
+            x[chosen] = interpolate(
+                interpolate(x[chosen][:, None], (coarse, coarse), mode="area"), (side, side), mode=mode
+            )[:, 0]
     chosen = _choose(n, 0.15, random)
     noise = random.normal(0, 1, (len(chosen), side, side)) * random.uniform(3, 35, len(chosen))[:, None, None]
     x[chosen] += torch.from_numpy(noise.astype(np.float32))
