@@ -16,8 +16,11 @@ Grey = npt.NDArray[np.uint8]
 Random = np.random.Generator
 
 
-def edited(photos: Grey, random: Random) -> tuple[Grey, Grey, npt.NDArray[np.int64]]:
-    """Return a light and a strong edit of each photo, and of the strong one the place of the other photo in it, or -1."""
+def edited(photos: Grey, random: Random, crowd: float) -> tuple[Grey, Grey, npt.NDArray[np.int64]]:
+    """Return a light and a strong edit of each photo, and the places of the other photos in the strong ones, or -1.
+
+    `crowd` says how often edits of levels, overlays, blur, noise and compression come on top of others, 1 for often.
+    """
     x = torch.from_numpy(photos).float()
     n = len(x)
     light = _rendered(x, random, strength=0.25 * (random.random(n) < 0.6))
@@ -26,10 +29,10 @@ def edited(photos: Grey, random: Random) -> tuple[Grey, Grey, npt.NDArray[np.int
 
     strong = _rendered(x, random, strength=np.ones(n))
     strong, other = _collage(strong, random, _choose(n, 0.13, random))
-    strong = _overlaid(strong, random)
-    strong = _levels(strong, random, _choose(n, 0.5, random), 1.0)
-    strong = _softened(strong, random)
-    strong = _compressed(strong, random, _choose(n, 0.35, random), 4, 50)
+    strong = _overlaid(strong, random, crowd)
+    strong = _levels(strong, random, _choose(n, 0.5 * crowd, random), 1.0)
+    strong = _softened(strong, random, crowd)
+    strong = _compressed(strong, random, _choose(n, 0.35 * crowd, random), 4, 50)
     return light, strong, other
 
 
@@ -126,12 +129,12 @@ def _lettering() -> Tensor:
     return torch.from_numpy(np.stack(bank)).float() / 255
 
 
-def _overlaid(x: Tensor, random: Random) -> Tensor:
+def _overlaid(x: Tensor, random: Random, crowd: float) -> Tensor:
     """Lay bars with text, bare text, patches of other photos and plain shapes over some of them."""
     x = x.clone()
     n, side = len(x), x.shape[-1]
     bank = _lettering()
-    for i in _choose(n, 0.35, random).tolist():
+    for i in _choose(n, 0.35 * crowd, random).tolist():
         for _ in range(random.integers(1, 3)):
             height, width = int(random.integers(5, 20)), int(random.integers(24, side + 1))
             line = bank[random.integers(len(bank))]
@@ -147,7 +150,7 @@ def _overlaid(x: Tensor, random: Random) -> Tensor:
                 clear = random.choice([1.0, 1.0, 0.6])
                 place.mul_(1 - clear).add_(clear * paper)
             place.mul_(1 - line).add_(line * ink)
-    for i in _choose(n, 0.25, random).tolist():
+    for i in _choose(n, 0.25 * crowd, random).tolist():
         height, width = (int(v) for v in random.integers(8, 30, 2))
         top, left = int(random.integers(side - height + 1)), int(random.integers(side - width + 1))
         place = x[i, top : top + height, left : left + width]
@@ -191,26 +194,26 @@ def _gaussian(sigma: float) -> Tensor:
     return torch.outer(line, line)[None, None]
 
 
-def _softened(x: Tensor, random: Random) -> Tensor:
+def _softened(x: Tensor, random: Random, crowd: float) -> Tensor:
     """Blur, sharpen, coarsen or speckle some of them."""
     x = x.clone()
     n, side = len(x), x.shape[-1]
     for sigma in (0.6, 1.0, 1.6, 2.2):
-        chosen = _choose(n, 0.07, random)
+        chosen = _choose(n, 0.07 * crowd, random)
         if len(chosen):
             x[chosen] = conv2d(x[chosen][:, None], _gaussian(sigma), padding="same")[:, 0]
-    chosen = _choose(n, 0.06, random)
+    chosen = _choose(n, 0.06 * crowd, random)
     if len(chosen):
         soft = conv2d(x[chosen][:, None], _gaussian(1.0), padding="same")[:, 0]
         x[chosen] = x[chosen] + float(random.uniform(0.5, 2.5)) * (x[chosen] - soft)
     for coarse in (16, 24, 32):
-        chosen = _choose(n, 0.03, random)
+        chosen = _choose(n, 0.03 * crowd, random)
         if len(chosen):
             mode = "nearest" if random.random() < 0.5 else "bilinear"
             x[chosen] = interpolate(
                 interpolate(x[chosen][:, None], (coarse, coarse), mode="area"), (side, side), mode=mode
             )[:, 0]
-    chosen = _choose(n, 0.15, random)
+    chosen = _choose(n, 0.15 * crowd, random)
     noise = random.normal(0, 1, (len(chosen), side, side)) * random.uniform(3, 35, len(chosen))[:, None, None]
     x[chosen] += torch.from_numpy(noise.astype(np.float32))
     return x

@@ -30,6 +30,7 @@ BATCH = 256  # photos, each seen twice
 TEMPERATURE = 0.05
 ENTROPY = 2.0  # weight of the entropy term
 RATE = 2e-3
+CROWDED = 450  # steps in which many edits come together; then fewer do, as on copies in the wild
 
 
 def main() -> None:
@@ -89,7 +90,7 @@ def train(images: npt.NDArray[np.uint8], steps: int, checkpoint: Path) -> Descri
         epoch, place = divmod(step, per_epoch)
         rows = np.random.default_rng(epoch).permutation(len(images))[place * BATCH : (place + 1) * BATCH]
         random = np.random.default_rng([1, step])
-        plain, copies, other = edited(images[rows], random)
+        plain, copies, other = edited(images[rows], random, 1.0 if step < CROWDED else 0.5)
         both = standardised(torch.from_numpy(np.concatenate([plain, copies])))
         one, two = network(both.contiguous(memory_format=torch.channels_last)).split(BATCH)
         loss, alike = contrastive(one, two, torch.from_numpy(other))

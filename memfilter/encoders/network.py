@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 SIDE = 64
@@ -47,3 +52,25 @@ def standardised(grey: Tensor) -> Tensor:
     levels = grey.float()
     levels = levels - levels.mean((1, 2), keepdim=True)
     return (levels / levels.std((1, 2), keepdim=True).clamp(min=1.0))[:, None]
+
+
+def load(path: Path) -> Descriptor:
+    """Return the network with the weights in a safetensors file, ready to encode on the processor."""
+    network = Descriptor()
+    weights = {name: value.float() for name, value in load_file(path).items()}
+    network.load_state_dict(weights, strict=False)  # all but the counters of batches, which training alone uses
+    return network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+@torch.inference_mode()
+def encode(network: Descriptor, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Return the mean directions of grey (N, 64, 64) images and their mirror images, (N, 256) float32 of unit length."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # shards are what runs side by side
+    try:
+        inputs = standardised(torch.from_numpy(images)).contiguous(memory_format=torch.channels_last)
+        both = network(inputs) + network(inputs.flip(3))
+        found: npt.NDArray[np.float32] = nn.functional.normalize(both).numpy()
+        return found
+    finally:
+        torch.set_num_threads(threads)
