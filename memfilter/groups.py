@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 from .config import Config, digest_of
 from .encoders import image_encoder
 from .errors import InputError
-from .joins import Pairs, embedding_join, hash_join
-from .records import EDGES, LOOK_SIDE, Groups, Ints, Samples, Shard
+from .hash_join import hash_join
+from .joins import embedding_join
+from .records import EDGES, LOOK_SIDE, Groups, Ints, Pairs, Samples, Shard
 from .store import Store, done, read_digest, read_table, write_table
 
 _STORED_RADIUS = 6  # edges are stored up to here, so that a smaller radius groups again without joining

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+Pairs = tuple[Ints, Ints, Floats]  # rows a < b, and their distance
 
 UID = pa.binary(16)
 
