@@ -86,9 +86,9 @@ def _bucket(row: Words, mask: Words, factors: Words, shift: int) -> int:
 
 @_compiled
 def _shift(n: int, mask: Words) -> int:
-    """Return by how many bits a key is cut, so that as many are left as tell n rows or the mask's values apart."""
-    bits, values = 1, 2  # two more than the mask's own bits, as these may meet in a bucket by chance
-    while bits < _MOST_BITS and 1 << bits < n:
+    """Return by how many bits a key is cut, so that n rows lie by fours, or as the mask's values tell them apart."""
+    bits, values = 1, 2  # two more than the mask's own bits, as its values may meet in a bucket by chance
+    while bits < _MOST_BITS and 4 << bits < n:
         bits += 1
     for word in mask:
         values += _popcount(word)
@@ -182,18 +182,16 @@ def _near_256(row: Words, others: Words, radius: int) -> int:
 @_compiled
 def _compare(rows: Words, ids: Numbers, radius: int, agreed: Words, apart: Words, out: Words, found: int) -> Found:
     """Do what `join_buckets` does, for one bucket, by comparing all its rows."""
-    words = rows.shape[1]
-    difference = np.empty(words, np.uint64)
     for i in range(len(ids) - 1):
         others = rows[i + 1 :]
-        near = _near_64(rows[i], others, radius) if words == 1 else _near_256(rows[i], others, radius)
+        near = _near_64(rows[i], others, radius) if rows.shape[1] == 1 else _near_256(rows[i], others, radius)
         j = i
         while near:
             j += 1
+            difference = rows[i] ^ rows[j]
             bits = 0
-            for word in range(words):
-                difference[word] = rows[i, word] ^ rows[j, word]
-                bits += _popcount(difference[word])
+            for word in difference:
+                bits += _popcount(word)
             if bits <= radius:
                 near -= 1
                 out, found = _note(difference, ids[i], ids[j], agreed, apart, out, found)
@@ -210,7 +208,10 @@ def join_buckets(
     pays is divided by radius + 1 disjoint masks of the bits outside `agreed`: a near pair is equal under one of them.
     """
     for i in range(len(ends) - 1):
-        some, some_ids = rows[ends[i] : ends[i + 1]], ids[ends[i] : ends[i + 1]]
+        first, last = ends[i], ends[i + 1]
+        if last - first < 2:
+            continue
+        some, some_ids = rows[first:last], ids[first:last]
         if len(some) > 2 * _PARTITION * (radius + 1):
             masks = divide(some, agreed, radius + 1, _SAMPLE)
             if pays(some, masks):
@@ -222,6 +223,5 @@ def join_buckets(
                         inner, inner_ids, inner_ends, radius, agreed | masks[j], inner_apart, out, found
                     )
                 continue
-        if len(some) > 1:
-            out, found = _compare(some, some_ids, radius, agreed, apart, out, found)
+        out, found = _compare(some, some_ids, radius, agreed, apart, out, found)
     return out, found
