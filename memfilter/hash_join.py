@@ -58,7 +58,7 @@ def hash_join(hashes: _Words, radius: int, directory: Path | None = None, memory
     n = len(hashes)
     if n >= 1 << 32:
         raise InputError(f"{n:,} distinct hashes are more than one join takes, {(1 << 32) - 1:,}; split the input")
-    rows = np.require(hashes, np.uint64, "CW").reshape(n, 1 if hashes.ndim == 1 else hashes.shape[1])
+    rows = np.require(hashes, np.uint64, ["C", "W"]).reshape(n, 1 if hashes.ndim == 1 else hashes.shape[1])
     masks = _exact_masks(rows, radius) if rows.shape[1] == 1 else _drawn_masks(n, radius)
     key = hashlib.blake2b(rows.data, digest_size=16).hexdigest() if directory else ""
     found: list[_Words] = []
@@ -98,13 +98,13 @@ def recall(n: int, radius: int, distance: int) -> float:
     if n <= _EXACT:
         return 1.0
     bits, shuffles = _draw(n, radius)
-    return 1 - _missed(bits, distance) ** shuffles
+    return float(1 - _missed(bits, distance) ** shuffles)
 
 
 def _missed(bits: int, distance: int) -> float:
     keys = 256 // bits
     ways = sum((-1) ** i * comb(keys, i) * comb(256 - i * bits, distance) for i in range(keys + 1))
-    return ways / comb(256, distance)
+    return float(ways / comb(256, distance))
 
 
 def _draw(n: int, radius: int) -> tuple[int, int]:
@@ -151,7 +151,7 @@ def _join_table(rows: _Words, masks: _Words, j: int, radius: int, directory: Pat
     """Return, sorted, the near pairs that agree under mask j and under none before it."""
     from . import hash_kernels as kernels
 
-    with _room(*rows.shape, directory, memory) as (table, ids):
+    with _room(len(rows), rows.shape[1], directory, memory) as (table, ids):
         ends = kernels.partition(rows, np.arange(len(rows), dtype=np.uint32), masks[j], table, ids)
         out, found = kernels.join_buckets(table, ids, ends, radius, masks[j], masks[:j], np.empty(1024, np.uint64), 0)
     pairs: _Words = out[:found].copy()

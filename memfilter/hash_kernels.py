@@ -56,12 +56,14 @@ def divide(rows: Words, agreed: Words, parts: int, sample: int) -> Words:
     weight = ones * (sample - ones) / (sample * sample) + 1e-3
     masks = np.zeros((parts, words), np.uint64)
     load = np.zeros(parts)
-    for bit in np.argsort(-weight, kind="mergesort"):
+    for _ in range(64 * words):  # the most telling bit that is left goes to the part that has the least
+        bit = int(np.argmax(weight))
         one = np.uint64(1) << np.uint64(bit & 63)
         if agreed[bit >> 6] & one == 0:
             part = np.argmin(load)
             masks[part, bit >> 6] |= one
             load[part] += weight[bit]
+        weight[bit] = -1
     return masks
 
 
@@ -138,17 +140,23 @@ def pays(rows: Words, masks: Words) -> bool:
 
 
 @_compiled
-def _note(difference: Words, a: int, b: int, agreed: Words, apart: Words, out: Words, found: int) -> Found:
-    """Take up the pair, if this is the first of all buckets that hold it."""
-    for word in range(len(difference)):
-        if difference[word] & agreed[word]:
-            return out, found
-    for mask in apart:
-        equal = True
-        for word in range(len(difference)):
-            equal &= difference[word] & mask[word] == 0
-        if equal:
-            return out, found
+def _equal(one: Words, other: Words, mask: Words) -> bool:
+    for word in range(len(mask)):
+        if (one[word] ^ other[word]) & mask[word]:
+            return False
+    return True
+
+
+@_compiled
+def _distance(one: Words, other: Words) -> int:
+    bits = 0
+    for word in range(len(one)):
+        bits += _popcount(one[word] ^ other[word])
+    return bits
+
+
+@_compiled
+def _note(a: int, b: int, out: Words, found: int) -> Found:
     if found == len(out):
         grown = np.empty(2 * len(out), np.uint64)
         grown[: len(out)] = out
@@ -188,13 +196,13 @@ def _compare(rows: Words, ids: Numbers, radius: int, agreed: Words, apart: Words
         j = i
         while near:
             j += 1
-            difference = rows[i] ^ rows[j]
-            bits = 0
-            for word in difference:
-                bits += _popcount(word)
-            if bits <= radius:
+            if _distance(rows[i], rows[j]) <= radius:
                 near -= 1
-                out, found = _note(difference, ids[i], ids[j], agreed, apart, out, found)
+                first = _equal(rows[i], rows[j], agreed)  # of all buckets that hold the pair
+                for k in range(len(apart)):
+                    first = first and not _equal(rows[i], rows[j], apart[k])
+                if first:
+                    out, found = _note(ids[i], ids[j], out, found)
     return out, found
 
 
@@ -202,7 +210,7 @@ def _compare(rows: Words, ids: Numbers, radius: int, agreed: Words, apart: Words
 def join_buckets(
     rows: Words, ids: Numbers, ends: Ends, radius: int, agreed: Words, apart: Words, out: Words, found: int
 ) -> Found:
-    """Append the near pairs within each bucket to `out[:found]`; return both, `out` in a larger array where it was full.
+    """Append the near pairs within each bucket to `out[:found]`; return both, `out` larger where it was full.
 
     A pair counts if its rows are equal under `agreed` and unequal under each mask of `apart`.  A bucket in which it
     pays is divided by radius + 1 disjoint masks of the bits outside `agreed`: a near pair is equal under one of them.
