@@ -112,7 +112,7 @@ def _hashes(samples: Samples) -> npt.NDArray[np.void] | npt.NDArray[np.uint64]:
 
 def _words(hashes: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
     """Return the hashes as rows of 64-bit words."""
-    return hashes.view(np.uint64).reshape(len(hashes), -1)
+    return hashes.view(np.uint64).reshape(len(hashes), hashes.itemsize // 8)
 
 
 def _embeddings(samples: Samples, store: Store, rows: Ints) -> npt.NDArray[np.float32]:

@@ -103,8 +103,8 @@ def recall(n: int, radius: int, distance: int) -> float:
 
 def _missed(bits: int, distance: int) -> float:
     keys = 256 // bits
-    ways = sum((-1) ** i * comb(keys, i) * comb(256 - i * bits, distance) for i in range(keys + 1))
-    return float(ways / comb(256, distance))
+    ways = sum((-1 if i % 2 else 1) * comb(keys, i) * comb(256 - i * bits, distance) for i in range(keys + 1))
+    return ways / comb(256, distance)
 
 
 def _draw(n: int, radius: int) -> tuple[int, int]:

@@ -141,10 +141,10 @@ def pays(rows: Words, masks: Words) -> bool:
 
 @_compiled
 def _equal(one: Words, other: Words, mask: Words) -> bool:
+    difference = np.uint64(0)
     for word in range(len(mask)):
-        if (one[word] ^ other[word]) & mask[word]:
-            return False
-    return True
+        difference |= (one[word] ^ other[word]) & mask[word]
+    return difference == 0  # type: ignore[no-any-return]
 
 
 @_compiled
