@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from .errors import ConfigError
 
@@ -38,8 +39,8 @@ class Input(_Section):
 class Images(_Section):
     """How images are compared, and which of a group is kept."""
 
-    hash: Literal["phash", "dhash", "ahash", "whash"] = "phash"
-    hash_radius: Annotated[int, Field(ge=0, le=16)] = 4
+    hash: Literal["phash", "dhash", "ahash", "whash", "pdq"] = "phash"
+    hash_radius: Annotated[int, Field(ge=0, le=31)] = 4  # 31 with pdq
     decode: Literal["fast", "full"] = "fast"
     encoder: str | None = "builtin"
     encoder_similarity: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -49,6 +50,19 @@ class Images(_Section):
         "caption_length",
         "uid",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_radius(cls, values: Any) -> Any:
+        is_pdq = isinstance(values, dict) and values.get("hash") == "pdq"
+        return {"hash_radius": 31, **values} if is_pdq else values
+
+    @field_validator("hash_radius")
+    @classmethod
+    def _within_method(cls, radius: int, info: ValidationInfo) -> int:
+        if radius > 16 and info.data.get("hash") not in ("pdq", None):
+            raise PydanticCustomError("radius", "Input should be less than or equal to 16, or 31 with hash: pdq")
+        return radius
 
 
 class Captions(_Section):

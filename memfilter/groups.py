@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +20,13 @@ import pyarrow.compute as pc
 from .config import Config, digest_of
 from .encoders import image_encoder
 from .errors import InputError
-from .joins import Pairs, embedding_join, hash_join
-from .records import EDGES, LOOK_SIDE, Groups, Ints, Samples, Shard
+from .hash_join import hash_join
+from .joins import embedding_join
+from .records import EDGES, LOOK_SIDE, Groups, Ints, Pairs, Samples, Shard
 from .store import Store, done, read_digest, read_table, write_table
 
 _STORED_RADIUS = 6  # edges are stored up to here, so that a smaller radius groups again without joining
+_STORED_PDQ_RADIUS = 31  # the widest that the configuration allows: its join is drawn for one radius
 _STORED_SIMILARITY = 0.05  # likewise, this far below the encoder's own threshold
 _SAME_LOOK = 6  # grey levels of 255 by which any cell of two blank images' looks may differ
 
@@ -71,13 +74,14 @@ def find_edges(samples: Samples, store: Store, config: Config) -> tuple[pa.Table
     inputs = signatures_digest(samples.shards, store)
     compared = np.flatnonzero(samples.good & ~_flags(samples.table["blank"]))
 
-    radius = max(config.images.hash_radius, _STORED_RADIUS)
-    key = digest_of(["hash-edges-1", inputs, radius])
+    widest = _STORED_PDQ_RADIUS if config.images.hash == "pdq" else _STORED_RADIUS
+    radius = max(config.images.hash_radius, widest)
+    key = digest_of(["hash-edges-2", inputs, radius])
     path = store.edges / "hash.parquet"
     if not done(path, key):
-        hashes = samples.table["hash"].fill_null(0).to_numpy()[compared]
-        values, place = np.unique(hashes, return_index=True)
-        write_table(path, _edges(hash_join(values, radius), compared[place]), key)
+        hashed = np.flatnonzero(_hashed(samples))
+        values, place = np.unique(_hashes(samples)[hashed], return_index=True)
+        write_table(path, _edges(hash_join(_words(values), radius, store.edges / "hash"), hashed[place]), key)
     hash_edges = read_table(path)
 
     encoder = image_encoder(config.images.encoder)
@@ -93,6 +97,22 @@ def find_edges(samples: Samples, store: Store, config: Config) -> tuple[pa.Table
         rows = rows[np.argsort(_void(samples.table["uid"])[rows], kind="stable")]
         write_table(path, _edges(embedding_join(_embeddings(samples, store, rows), lowest), rows), key)
     return hash_edges, read_table(path)
+
+
+def _hashed(samples: Samples) -> npt.NDArray[np.bool_]:
+    """Tell of which samples the hash is compared: blank images and those of low quality have none worth it."""
+    valid: npt.NDArray[np.bool_] = samples.table["hash"].is_valid().to_numpy()
+    return samples.good & ~_flags(samples.table["blank"]) & valid
+
+
+def _hashes(samples: Samples) -> npt.NDArray[np.void] | npt.NDArray[np.uint64]:
+    column = samples.table["hash"]
+    return column.fill_null(0).to_numpy() if column.type == pa.uint64() else _void(column)
+
+
+def _words(hashes: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    """Return the hashes as rows of 64-bit words."""
+    return hashes.view(np.uint64).reshape(len(hashes), hashes.itemsize // 8)
 
 
 def _embeddings(samples: Samples, store: Store, rows: Ints) -> npt.NDArray[np.float32]:
@@ -205,9 +225,9 @@ def _image_groups(
     content[rows] = _number(_void(samples.table["digest"])[rows])
     best = rows[np.unique(content[rows], return_index=True)[1]]
     blank = _flags(samples.table["blank"])
-    hashes = samples.table["hash"].fill_null(0).to_numpy()
+    hashed, hashes = _hashed(samples), _hashes(samples)
     hash_of = np.full(n, -1, np.int64)
-    compared = rows[~blank[rows]]
+    compared = rows[hashed[rows]]
     hash_of[compared] = _number(hashes[compared])
 
     near_hash = _neighbours(_within(edges[0], config.images.hash_radius), hash_of)
@@ -226,8 +246,8 @@ def _image_groups(
     copies = rows[keeper[rows] != rows]
     kept = keeper[copies]
     same = content[copies] == content[kept]
-    bits = np.bitwise_count(hashes[copies] ^ hashes[kept])
-    by_bits = ~same & ~blank[copies] & ~blank[kept] & (bits <= config.images.hash_radius)
+    bits = np.bitwise_count(_words(hashes[copies]) ^ _words(hashes[kept])).sum(1)
+    by_bits = ~same & hashed[copies] & hashed[kept] & (bits <= config.images.hash_radius)
     method[copies] = np.where(same, 0, np.where(blank[copies], 3, np.where(by_bits, 1, 2)))
     distance[copies] = np.where(same, 0, bits)
     flat = copies[method[copies] == 3]
@@ -340,8 +360,8 @@ def _flags(column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
 
 
 def _void(column: pa.ChunkedArray) -> npt.NDArray[np.void]:
-    """Return a column of 16-byte binaries as numpy values that sort and compare as bytes do; nulls as zeros."""
-    array = pc.fill_null(column, bytes(16)).combine_chunks()
+    """Return a column of binaries of one width as numpy values that sort and compare as bytes do; nulls as zeros."""
+    width = column.type.byte_width
+    array = pc.fill_null(column, bytes(width)).combine_chunks()
     array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
-    width = array.type.byte_width
     return np.frombuffer(array.buffers()[1], np.dtype(f"V{width}"), len(array), array.offset * width)

@@ -26,6 +26,13 @@ _SLOW_PIXELS = 1 << 24  # a second or two of a decoder that Pillow has in Python
 HASH_SIDE = 40
 """Pixels on the shorter side that a perceptual hash needs: its grid of 32, and room to filter."""
 
+PDQ_SIDE = 256
+"""Pixels on the shorter side that PDQ is given: its filters take their width from the size, and so its bits do.
+
+On 90 photos these pixels move its hash by 8 bits of 256 in the median and 20 at most against the full decode, about
+what its own reduction to 512 pixels moves (20 at most); 128 pixels move up to 38, and 512 take twice the time.
+"""
+
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jfif")
 _FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "GIF", "WEBP")
 

@@ -22,7 +22,7 @@ from .magnitude import check_threshold, score_captions, threshold
 from .manifest import Manifest
 from .records import ACTIONS, MASK, Decisions, Samples, Scores, Shard
 from .shards import find_shards
-from .signatures import DuplicateGauge, Signed, is_signed, sign, versions, was_skipped
+from .signatures import DuplicateGauge, Signed, check_hash, is_signed, sign, versions, was_skipped
 from .store import Store, read_digest, read_note
 from .summary import statistics
 
@@ -40,6 +40,7 @@ def run(patterns: list[str], out: str | Path, config: Config | None = None, work
     shards, root = find_shards(patterns, root, config.input.allow_pipe)
     _refuse_nesting(patterns, shards, store.path)
     check_threshold(config)
+    check_hash(config)
     model = find_model(config.magnitude.model) if config.magnitude.model else None
     with store.locked():
         _forget_changed(shards, stored, store)
@@ -73,6 +74,7 @@ def rethreshold(path: str | Path, config_file: str | Path | None = None, workers
         raise RunError(f"{store.run_file}: damaged ({e}); run 'memfilter run' again") from e
     config = Config.load(config_file, base=before)
     check_threshold(config)
+    check_hash(config)
     if config.magnitude.model != before.magnitude.model:
         model = find_model(config.magnitude.model) if config.magnitude.model else None
     with store.locked():
@@ -200,7 +202,7 @@ def _about(
     return {
         "config": dump,
         "config_digests": {name: digest_of(keys) for name, keys in dump.items()},
-        "versions": {"memfilter": version("memfilter"), **versions()},
+        "versions": {"memfilter": version("memfilter"), **versions(config.images.hash)},
         "magnitude": scores and scores.info,
         "threshold": limit,
         "shards": shards,

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+Pairs = tuple[Ints, Ints, Floats]  # rows a < b, and their distance
 
 UID = pa.binary(16)
 
@@ -49,9 +50,10 @@ class Shard:
     version: str | None = None
 
 
-def signature_schema(dim: int) -> pa.Schema:
+def signature_schema(dim: int, hash: str = "phash") -> pa.Schema:
     """One row per sample of one shard; a bad sample has `bad` set and nulls from `digest` to `captions`.
 
+    `hash` is 32 bytes for the method `pdq`, null for an image of low quality, and 64 bits for all others.
     `embedding` has `dim` float16 components, is L2-normalised, and is absent when `dim` is 0.
     """
     fields = [
@@ -61,7 +63,7 @@ def signature_schema(dim: int) -> pa.Schema:
         pa.field("bad", pa.dictionary(pa.int8(), pa.string())),
         pa.field("detail", pa.string()),
         pa.field("digest", pa.binary(16)),  # the first half of the sha256 of the image member's bytes
-        pa.field("hash", pa.uint64()),  # the perceptual hash, first bit highest
+        pa.field("hash", pa.binary(32) if hash == "pdq" else pa.uint64()),  # the perceptual hash, first bit highest
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
         pa.field("bytes", pa.int64()),  # of the image member

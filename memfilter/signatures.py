@@ -23,7 +23,7 @@ from . import images
 from .captions import fingerprint
 from .config import Config, digest_of
 from .encoders import image_encoder
-from .errors import RunError, ShardError
+from .errors import ConfigError, RunError, ShardError
 from .records import Shard, signature_schema
 from .shards import REMEDY, check_side_cars
 from .source import Member, Members, open_shard, printable_key, sample_uid
@@ -32,6 +32,7 @@ from .store import done, read_note, write_table
 _BATCH = 256
 _MAX_TEXT = 16 * 2**20  # bytes; as a json's objects they take up to thirty times as many
 _MAX_NESTING = 100
+_LOWEST_QUALITY = 49  # of PDQ, up to which its authors discard a hash
 _CONFIG_KEYS = (
     "input.caption",
     "input.caption_field",
@@ -55,16 +56,26 @@ class Signed:
 
 
 @cache
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that shape a signature's numbers."""
-    return {name: version(name) for name in _LIBRARIES}
+def versions(hash: str) -> dict[str, str]:
+    """Return the versions of the libraries that shape the numbers of a signature with this hash."""
+    return {name: version(name) for name in (*_LIBRARIES, *(("pdqhash",) if hash == "pdq" else ()))}
+
+
+def check_hash(config: Config) -> None:
+    """Raise ConfigError where the package of the configured hash is missing."""
+    if config.images.hash == "pdq":
+        try:
+            import pdqhash  # noqa: F401
+        except ImportError as e:
+            raise ConfigError("images.hash = 'pdq' needs a package; pip install 'memfilter[pdq]'") from e
 
 
 def signature_digest(shard: Shard, content: str | None, config: Config) -> str:
     """Return the digest of everything that shapes a shard's signatures; `content` is the digest of its bytes."""
     encoder = image_encoder(config.images.encoder)
+    libraries = versions(config.images.hash)
     return digest_of(
-        ["signatures-2", shard.name, content, config.digest(*_CONFIG_KEYS), encoder and encoder.identity, versions()]
+        ["signatures-2", shard.name, content, config.digest(*_CONFIG_KEYS), encoder and encoder.identity, libraries]
     )
 
 
@@ -103,7 +114,7 @@ def sign(shard: Shard, path: Path, config: Config) -> Signed:
         if config.input.on_bad_shard == "stop":
             raise
         note["skipped"] = str(e).removesuffix(f"; {REMEDY}")
-        table = signature_schema(encoder.dim if encoder else 0).empty_table()
+        table = signature_schema(encoder.dim if encoder else 0, config.images.hash).empty_table()
     bad = table.num_rows - table["bad"].null_count
     note |= {"samples": table.num_rows, "bad": bad}
     write_table(path, table, signature_digest(shard, note.get("digest"), config), note)
@@ -198,17 +209,30 @@ def hasher(name: str) -> Any:
     return {"phash": PHash, "dhash": DHash, "ahash": AHash, "whash": WHash}[name](verbose=False)
 
 
+def pdq(pixels: npt.NDArray[np.uint8]) -> bytes | None:
+    """Return the 256 bits of PDQ of grey or RGB pixels, its first bit highest; None where PDQ's quality is 49 or less.
+
+    Such images hold too little detail for it: their hashes match by chance.
+    """
+    import pdqhash
+
+    rgb = np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels
+    bits, quality = pdqhash.compute(np.ascontiguousarray(rgb))
+    return np.packbits(bits).tobytes() if quality > _LOWEST_QUALITY else None
+
+
 class Signer:
     """Turn the members of samples into rows of signatures, one by one, and the rows into a table, many at a time."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.full = config.images.decode == "full"
-        self.hasher = hasher(config.images.hash)
+        self.hasher = None if config.images.hash == "pdq" else hasher(config.images.hash)
         self.encoder = image_encoder(config.images.encoder)
         # an encoder's input is filtered down from twice its size
-        self.side = max(images.HASH_SIDE, 2 * self.encoder.side if self.encoder else 0)
-        self.schema = signature_schema(self.encoder.dim if self.encoder else 0)
+        side = images.HASH_SIDE if self.hasher else images.PDQ_SIDE
+        self.side = max(side, 2 * self.encoder.side if self.encoder else 0)
+        self.schema = signature_schema(self.encoder.dim if self.encoder else 0, config.images.hash)
 
     def table(self, rows: list[dict[str, Any]]) -> pa.Table:
         """Return the rows as a table, with what is computed of their small images: hash, blankness, embedding."""
@@ -217,9 +241,11 @@ class Signer:
         is_good[good] = True
         small = np.stack([rows[i]["thumbnail"] for i in good]) if good else np.empty((0, 0, 0), np.uint8)
         for i, blank, plain in zip(good, images.are_blank(small).tolist(), images.are_plain(small), strict=True):
-            # the method's own bits of the pixels that its encode_image would bring to this size
-            bits = self.hasher._hash_algo(rows[i]["hashed"])
-            rows[i] |= {"hash": int.from_bytes(np.packbits(bits).tobytes(), "big"), "blank": blank}
+            rows[i]["blank"] = blank
+            if self.hasher:
+                # the method's own bits of the pixels that its encode_image would bring to this size
+                bits = self.hasher._hash_algo(rows[i]["hashed"])
+                rows[i]["hash"] = int.from_bytes(np.packbits(bits).tobytes(), "big")
             if plain:
                 rows[i]["look"] = images.look(rows[i]["thumbnail"])
         columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in self.schema.names}
@@ -282,7 +308,9 @@ class Signer:
             "thumbnail": small,
             "hashed": small,  # of the size that imagededup's phash takes
         }
-        if self.full or self.config.images.hash != "phash":
+        if self.hasher is None:
+            row["hash"] = pdq(decoded.pixels)  # at once: a batch of the pixels that it needs is large
+        elif self.full or self.config.images.hash != "phash":
             from imagededup.utils.image_utils import preprocess_image
 
             row["hashed"] = preprocess_image(decoded.pixels, self.hasher.target_size, grayscale=True)

@@ -228,7 +228,7 @@ def test_a_wrong_type_or_range_names_its_key_and_value(key: str, value: str, tmp
 
 def test_a_value_out_of_range_is_told_with_the_range(tmp_path: Path) -> None:
     message = refusal(tmp_path, "images: {hash_radius: 17}")
-    assert message == "images.hash_radius = 17: Input should be less than or equal to 16"
+    assert message == "images.hash_radius = 17: Input should be less than or equal to 16, or 31 with hash: pdq"
 
 
 def test_a_section_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
