@@ -96,6 +96,7 @@ def lines(info: dict[str, Any], out: str) -> list[str]:
         f"{copies['hash']:,} by hash, {copies['embedding']:,} by embedding)",
         f"apart     {found['blank']:,} blank images, in {found['blank_groups']:,} groups, "
         f"and {found['placeholders']:,} placeholders, in {found['placeholder_groups']:,}",
+        *_embedding_join(info),
         f"captions  {reasons['caption_duplicate']:,} repeats in {found['caption_groups']:,} groups; "
         f"{found['without_caption']:,} samples without a caption",
         "together  " + ", ".join(f"{n:,} {kind}" for kind, n in found["duplication"].items()),
@@ -116,6 +117,20 @@ def lines(info: dict[str, Any], out: str) -> list[str]:
     text.append(f"manifest  {out}/manifest" + (f", filtered shards {out}/shards" if config["output"]["shards"] else ""))
     text.append(reconciliation(counts))
     return text
+
+
+def _embedding_join(info: dict[str, Any]) -> list[str]:
+    """Return the line that tells how many of the true pairs the embedding join found, none without an encoder."""
+    if not (join := info["embedding_join"]):
+        return []
+    recall = join["recall"]
+    pairs = f"embedding {join['pairs']:,} pairs"
+    rows = f"from {recall['rows']:,} sampled rows"
+    if recall["share"] is None:
+        return [f"{pairs}; no true pair to estimate recall {rows}"]
+    how = "every row compared with every other" if join["cells"] == 1 else f"{join['cells']:,} cells"
+    share = f"{recall['share']:.3f} ({recall['low']:.3f}-{recall['high']:.3f}, {rows})"
+    return [f"{pairs}, recall {share}; {how}"]
 
 
 def _group(place: int, group: dict[str, Any]) -> str:
