@@ -5,25 +5,25 @@ next nearest to it, so that a pair is found when either row probes the other's c
 is possible; how often is estimated in every join by comparing a sample of rows with all.  Up to 50,000 rows there is
 one list, and nothing is missed.
 
-Blocks of rows are multiplied in float32, and what comes near the threshold again in float64.  Half-precision
-components are multiples of 2**-24, so the sums of their products are multiples of 2**-48 and below 2: float64 holds
-them exactly, in whatever order they are added.  The pairs therefore depend on no number of threads and no block.
+Blocks are multiplied in float32, and what comes near the threshold again in float64.  Half-precision components are
+multiples of 2**-24, so the sums of their products are multiples of 2**-48 and below 2: float64 holds them exactly, in
+whatever order they are added.  The pairs therefore depend on no number of threads and no block.
 
-Memory holds a list's block and a block of what it is compared with, for each thread; rows, lists, probes and pairs are
-files in a folder, each there whole or not at all, from which a join that was killed goes on.
+Memory holds two blocks for each thread; rows, lists, probes and pairs are files, each there whole or not at all, from
+which a join that was killed goes on.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from math import ceil, sqrt
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import faiss
 import numpy as np
@@ -33,13 +33,13 @@ from tqdm import tqdm
 
 from .config import digest_of
 from .errors import RunError
-from .records import Ints
+from .pair_files import PAIR, mapped, merge, pair_keys, reach_disk, write_runs
+from .records import Indices, Ints
 from .store import replacing, write_json
 
 R = TypeVar("R")
 
 Halves = npt.NDArray[np.float16]
-Indices = npt.NDArray[np.integer[Any]]
 
 METHOD = f"cells-1, faiss {faiss.__version__}"
 """Names what decides which pairs are found, beside the rows and the arguments."""
@@ -51,12 +51,10 @@ _MARGIN = 2e-3  # rows of half precision have lengths within 2**-11 of one, and 
 _TRAINED = 32  # rows a cell that k-means sees
 _MOST_TRAINED = 1 << 19
 _ITERATIONS = 6
+_CLOSE = 1.5  # times the distance of a pair, on average between the rows of cells that are made one
 _ASSIGNED = 1 << 17  # rows in one file of probes
 _CHUNK = 1 << 29  # products of rows in one file of pairs: fewer where that makes less than 64 files
-_RUN = 1 << 21  # pairs that are sorted together
 _SAMPLED = 1024  # rows compared with all, for the recall
-
-_PAIR = np.dtype([("key", "<u8"), ("distance", "<f4")])  # the key is a << 32 | b
 
 
 @dataclass(frozen=True)
@@ -108,17 +106,17 @@ def embedding_join(
     if len(rows) >= 1 << 32:
         raise RunError(f"{folder}: {len(rows):,} embeddings are to be joined, at most 4,294,967,295 can be")
     cells = 1 if len(rows) <= exact else ceil(sqrt(probes * len(rows)))
-    probes = min(probes, cells)
     sample = np.sort(np.random.default_rng(0).choice(len(rows), min(len(rows), _SAMPLED), replace=False))
     _claim(folder, [METHOD, rows.shape, rows[sample].tobytes().hex(), similarity, cells, probes])
     with _workers(threads or faiss.omp_get_max_threads()) as pool:
         if not (folder / "keys.u8").exists():
-            lists = _make_lists(rows, cells, probes, folder, pool)
-            _merge(_compare_lists(lists, similarity, folder, pool), len(rows), folder)
-        keys, distance = _mapped(folder / "keys.u8", "<u8"), _mapped(folder / "distance.f4", "<f4")
+            lists = _make_lists(rows, cells, probes, similarity, folder, pool)
+            merge(_compare_lists(lists, similarity, folder, pool), len(rows), folder)
+        keys, distance = mapped(folder / "keys.u8", "<u8"), mapped(folder / "distance.f4", "<f4")
         recall = _estimate(rows, sample, similarity, keys, pool)
+    cells = 1 if (centroids := _load(folder / "centroids.npy")) is None else len(centroids)
     halves = keys.view("<u4").reshape(-1, 2)
-    return Join(halves[:, 1], halves[:, 0], distance, cells, probes, recall)
+    return Join(halves[:, 1], halves[:, 0], distance, cells, min(probes, cells), recall)
 
 
 def _claim(folder: Path, arguments: list[Any]) -> None:
@@ -172,17 +170,7 @@ def _load(path: Path) -> npt.NDArray[Any] | None:
 def _save(path: Path, array: npt.NDArray[Any]) -> None:
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.save(file, array, allow_pickle=False)
-        _reach_disk(file)
-
-
-def _reach_disk(file: IO[bytes]) -> None:
-    # pairs do not tell that some of them are missing: they are on the disk before their file has its name
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _mapped(path: Path, dtype: str) -> npt.NDArray[Any]:
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+        reach_disk(file)
 
 
 # -- cells and lists --------------------------------------------------------------------------------------------------
@@ -202,13 +190,16 @@ class _Lists:
     visits: Ints  # where each cell's visitors end
 
 
-def _make_lists(rows: Halves, cells: int, probes: int, folder: Path, pool: ThreadPoolExecutor) -> _Lists:
+def _make_lists(
+    rows: Halves, cells: int, probes: int, similarity: float, folder: Path, pool: ThreadPoolExecutor
+) -> _Lists:
     if cells == 1:
         return _Lists(rows, np.arange(len(rows)), np.array([len(rows)]), np.empty(0, np.int64), np.array([0]))
     if _load(folder / "centroids.npy") is None:
         # in the pool, for its one thread: sums in another order are other centroids
-        pool.submit(_train, rows, cells, folder / "centroids.npy").result()
+        pool.submit(_train, rows, cells, similarity, folder / "centroids.npy").result()
     centroids = np.load(folder / "centroids.npy", allow_pickle=False)
+    cells, probes = len(centroids), min(probes, len(centroids))
     starts = range(0, len(rows), _ASSIGNED)
     paths = {start: folder / f"probes-{i:05}.npy" for i, start in enumerate(starts)}
     todo = [(rows, start, centroids, probes, path) for start, path in paths.items() if _load(path) is None]
@@ -236,14 +227,29 @@ def _make_lists(rows: Halves, cells: int, probes: int, folder: Path, pool: Threa
     return _Lists(lists, row, np.cumsum(np.bincount(cell, minlength=cells)), visitors, visits)
 
 
-def _train(rows: Halves, cells: int, path: Path) -> None:
-    """Write the cells' centroids, of unit length; k-means sees a bounded sample of the rows, in their order."""
+def _train(rows: Halves, cells: int, similarity: float, path: Path) -> None:
+    """Write the cells' centroids, of unit length; k-means sees a bounded sample of the rows, in their order.
+
+    It cuts a heavy group into many cells, more than are probed.  Cells are therefore one where their rows are pairs, or
+    nearly, on average: the average cosine between two cells' rows is the product of their means.
+    """
     count = min(len(rows), _TRAINED * cells, max(_MOST_TRAINED, cells))
     sample = np.sort(np.random.default_rng(1).choice(len(rows), count, replace=False))
     limits = {"min_points_per_centroid": 1, "max_points_per_centroid": count}
     kmeans = faiss.Kmeans(rows.shape[1], cells, niter=_ITERATIONS, seed=1, spherical=True, **limits)
-    kmeans.train(rows[sample].astype(np.float32))
-    _save(path, np.asarray(kmeans.centroids))
+    trained = rows[sample].astype(np.float32)
+    kmeans.train(trained)
+    nearest = kmeans.index.search(trained, 1)[1][:, 0]
+    counts = np.bincount(nearest, minlength=cells)
+    means = np.zeros((cells, rows.shape[1]))
+    np.add.at(means, nearest, trained)
+    means /= np.maximum(counts, 1)[:, None]
+    stands = counts > 0
+    for cell in np.argsort(-counts, kind="stable"):
+        if stands[cell]:
+            stands &= means @ means[cell] < 1 - _CLOSE * (1 - similarity)
+            stands[cell] = True
+    _save(path, np.asarray(kmeans.centroids)[stands])
 
 
 def _assign(rows: Halves, start: int, centroids: npt.NDArray[np.float32], probes: int, path: Path) -> None:
@@ -296,23 +302,13 @@ def _compare_lists(lists: _Lists, similarity: float, folder: Path, pool: ThreadP
     groups = np.split(np.stack([cell, first, last], axis=1), np.flatnonzero(np.diff(work // chunk)) + 1)
     paths = [folder / f"pairs-{i:06}" for i in range(len(groups))]
     todo = [(lists, tiles, similarity, path) for tiles, path in zip(groups, paths, strict=True) if not path.exists()]
-    _each(pool, _write_pairs, todo, "embedding join", len(paths) - len(todo))
+    _each(pool, _compare, todo, "embedding join", len(paths) - len(todo))
     return paths
 
 
-def _write_pairs(lists: _Lists, tiles: Ints, similarity: float, path: Path) -> None:
-    held, count = [np.empty(0, _PAIR)], 0
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        for cell, first, last in tiles.tolist():
-            for pairs in _pairs_of(lists, cell, first, last, similarity):
-                held.append(pairs)
-                count += len(pairs)
-                while count >= _RUN:
-                    joined = np.concatenate(held)
-                    _sorted(joined[:_RUN]).tofile(file)
-                    held, count = [joined[_RUN:]], count - _RUN
-        _sorted(np.concatenate(held)).tofile(file)
-        _reach_disk(file)
+def _compare(lists: _Lists, tiles: Ints, similarity: float, path: Path) -> None:
+    tile_pairs = (_pairs_of(lists, cell, first, last, similarity) for cell, first, last in tiles.tolist())
+    write_runs(path, chain.from_iterable(tile_pairs))
 
 
 def _pairs_of(lists: _Lists, cell: int, first: int, last: int, similarity: float) -> Iterator[npt.NDArray[Any]]:
@@ -327,8 +323,8 @@ def _pairs_of(lists: _Lists, cell: int, first: int, last: int, similarity: float
         i, j, cosine = _near(block, block.astype(np.float32), tile, members, similarity)
         a, b = other[i], first + j
         once = (a > b) | (a < first)  # within the list a pair would come twice, and each row with itself
-        pairs = np.empty(int(once.sum()), _PAIR)
-        pairs["key"] = _keys(lists.row[a[once]], lists.row[b[once]])
+        pairs = np.empty(int(once.sum()), PAIR)
+        pairs["key"] = pair_keys(lists.row[a[once]], lists.row[b[once]])
         pairs["distance"] = np.maximum(1 - cosine[once], 0)
         yield pairs
 
@@ -365,50 +361,7 @@ def _cosine(
     return cosine
 
 
-def _sorted(pairs: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return pairs in the order of their keys, each once."""
-    keys = pairs["key"].copy()
-    order = np.argsort(keys, kind="stable")
-    keys = keys[order]
-    distinct: npt.NDArray[Any] = pairs[order[np.r_[True, keys[1:] != keys[:-1]][: len(keys)]]]
-    return distinct
-
-
-# -- merging, and how much was found ----------------------------------------------------------------------------------
-
-
-def _merge(paths: list[Path], rows: int, folder: Path) -> None:
-    """Write the keys of all pairs, sorted and each once, and their distances, a bounded number at a time."""
-    sizes = [path.stat().st_size // _PAIR.itemsize for path in paths]
-    runs = [(p, i, min(i + _RUN, n)) for p, n in zip(paths, sizes, strict=True) for i in range(0, n, _RUN)]
-    # pairs whose first rows share their upper 16 bits are always sorted together
-    shift = np.uint64(32 + max((rows - 1).bit_length() - 16, 0))
-    counts = np.zeros(1 << 16, np.int64)
-    for run in runs:
-        counts += np.bincount((_read(*run)["key"] >> shift).astype(np.int64), minlength=1 << 16)
-    cuts = np.flatnonzero(np.diff(np.cumsum(counts) // _RUN)) + 1
-    edges = cuts.astype(np.uint64) << shift
-    places = [
-        np.r_[start, start + np.searchsorted(_read(path, start, end)["key"], edges), end] for path, start, end in runs
-    ]
-    with (
-        replacing(folder / "keys.u8") as keys,
-        replacing(folder / "distance.f4") as distances,
-        open(keys, "wb") as keys_file,
-        open(distances, "wb") as distances_file,
-    ):
-        for i in range(len(cuts) + 1):
-            held = [_read(path, p[i], p[i + 1]) for (path, _, _), p in zip(runs, places, strict=True)]
-            part = _sorted(np.concatenate([np.empty(0, _PAIR), *held]))
-            np.ascontiguousarray(part["key"]).tofile(keys_file)
-            np.ascontiguousarray(part["distance"]).tofile(distances_file)
-        _reach_disk(keys_file)
-        _reach_disk(distances_file)
-
-
-def _read(path: Path, start: int, end: int) -> npt.NDArray[Any]:
-    pairs: npt.NDArray[Any] = np.fromfile(path, _PAIR, end - start, offset=start * _PAIR.itemsize)
-    return pairs
+# -- how much was found -----------------------------------------------------------------------------------------------
 
 
 def _estimate(
@@ -441,17 +394,10 @@ def _count(
         block = rows[first : min(first + _BLOCK, len(rows))]
         i, j, _ = _near(sampled, sampled32, block, block.astype(np.float32), similarity)
         i, j = i[sample[i] != first + j], j[sample[i] != first + j]
-        key = _keys(sample[i], first + j)
+        key = pair_keys(sample[i], first + j)
         place = np.searchsorted(keys, key)
         hit = place < len(keys)
         hit[hit] = keys[place[hit]] == key[hit]
         counts[0] += np.bincount(i, minlength=len(sample))
         counts[1] += np.bincount(i[hit], minlength=len(sample))
     return counts
-
-
-def _keys(a: Indices, b: Indices) -> npt.NDArray[np.uint64]:
-    """Return the keys of pairs of rows, the smaller row first."""
-    a, b = a.astype(np.uint64), b.astype(np.uint64)
-    key: npt.NDArray[np.uint64] = np.minimum(a, b) << np.uint64(32) | np.maximum(a, b)
-    return key
