@@ -98,7 +98,7 @@ def find_edges(samples: Samples, store: Store, config: Config) -> tuple[pa.Table
         # k-means depends on the order of its rows, and this one on nothing but the samples
         rows = rows[np.argsort(_void(samples.table["uid"])[rows], kind="stable")]
         if not (work / "rows.npy").exists():
-            _write_embeddings(samples, store, rows, encoder.dim, work / "rows.npy")
+            _write_embeddings(samples, store, rows, work / "rows.npy")
         embeddings = np.load(work / "rows.npy", mmap_mode="r", allow_pickle=False)
         join = embedding_join(embeddings, lowest, work)
         note = {"rows": len(rows), "pairs": len(join.a), "cells": join.cells, "probes": join.probes}
@@ -109,20 +109,24 @@ def find_edges(samples: Samples, store: Store, config: Config) -> tuple[pa.Table
     return hash_edges, read_table(path)
 
 
-def _write_embeddings(samples: Samples, store: Store, rows: Ints, dim: int, path: Path) -> None:
+def _write_embeddings(samples: Samples, store: Store, rows: Ints, path: Path) -> None:
     """Write the embeddings of these rows, in their order, as one array of half precision."""
     place = np.full(len(samples), -1, np.int64)
     place[rows] = np.arange(len(rows))
+    found: np.memmap[Any, np.dtype[np.float16]] | None = None
     with replacing(path) as temporary:
-        found = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(rows), dim))
         for shard, first in zip(samples.shards, samples.first, strict=False):
             column = read_table(store.signatures(shard.name), ["embedding"])["embedding"].combine_chunks()
+            dim = column.type.list_size
+            if found is None:
+                found = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(rows), dim))
             values = column.values.to_numpy(zero_copy_only=False).reshape(-1, dim)[
                 column.offset : column.offset + len(column)
             ]
             target = place[first : first + len(column)]
             found[target[target >= 0]] = values[target >= 0]
-        found.flush()
+        if found is not None:
+            found.flush()
 
 
 def _edges(pairs: tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.float32]], rows: Ints) -> pa.Table:

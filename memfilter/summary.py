@@ -96,7 +96,7 @@ def lines(info: dict[str, Any], out: str) -> list[str]:
         f"{copies['hash']:,} by hash, {copies['embedding']:,} by embedding)",
         f"apart     {found['blank']:,} blank images, in {found['blank_groups']:,} groups, "
         f"and {found['placeholders']:,} placeholders, in {found['placeholder_groups']:,}",
-        *_embedding_join(info),
+        *([embedding_line(info["embedding_join"])] if info["embedding_join"] else []),
         f"captions  {reasons['caption_duplicate']:,} repeats in {found['caption_groups']:,} groups; "
         f"{found['without_caption']:,} samples without a caption",
         "together  " + ", ".join(f"{n:,} {kind}" for kind, n in found["duplication"].items()),
@@ -119,18 +119,18 @@ def lines(info: dict[str, Any], out: str) -> list[str]:
     return text
 
 
-def _embedding_join(info: dict[str, Any]) -> list[str]:
-    """Return the line that tells how many of the true pairs the embedding join found, none without an encoder."""
-    if not (join := info["embedding_join"]):
-        return []
+def embedding_line(join: dict[str, Any]) -> str:
+    """Return the line that tells how many of the true pairs the embedding join found."""
     recall = join["recall"]
-    pairs = f"embedding {join['pairs']:,} pairs"
-    rows = f"from {recall['rows']:,} sampled rows"
+    how = f"{join['probes']} of {join['cells']:,} cells probed for each"
+    if join["cells"] == 1:
+        how = "every row compared with every other"
     if recall["share"] is None:
-        return [f"{pairs}; no true pair to estimate recall {rows}"]
-    how = "every row compared with every other" if join["cells"] == 1 else f"{join['cells']:,} cells"
-    share = f"{recall['share']:.3f} ({recall['low']:.3f}-{recall['high']:.3f}, {rows})"
-    return [f"{pairs}, recall {share}; {how}"]
+        found = f"; recall unknown: no true pair of {recall['rows']:,} sampled rows"
+    else:
+        interval = f"{recall['low']:.3f}-{recall['high']:.3f}, from {recall['rows']:,} sampled rows"
+        found = f", recall {recall['share']:.3f} ({interval})"
+    return f"embedding {join['pairs']:,} pairs{found}; {how}"
 
 
 def _group(place: int, group: dict[str, Any]) -> str:
