@@ -36,6 +36,7 @@ from environment import write_result
 from memfilter.embedding_join import embedding_join
 
 SIMILARITY = 0.9
+SLACK = 1e-5  # more than float32 is off by
 DIM = 256
 BANDS = (0.90, 0.92, 0.94, 0.96, 0.98, 1.0)
 
@@ -72,7 +73,8 @@ def measure(folder: Path, n: int, given: argparse.Namespace) -> dict[str, object
     result: dict[str, object] = {**measured, "planted_copies": planted(rows, originals, copies, keys)}
     if n <= given.brute:
         started = time.perf_counter()
-        true = brute_force(np.asarray(rows, np.float32))
+        near, cosine = brute_force(np.asarray(rows, np.float32))
+        true = near[cosine >= SIMILARITY + SLACK]
         cell = np.concatenate([np.load(p)[:, 0] for p in sorted((folder / "join").glob("probes-*.npy"))])
         one_probe = run_measured(folder, 1, given.threads)
         alone = np.fromfile(folder / "join" / "keys.u8", np.uint64)
@@ -83,7 +85,7 @@ def measure(folder: Path, n: int, given: argparse.Namespace) -> dict[str, object
             "recall_within_the_same_cells": share(cell[true >> np.uint64(32)] == cell[true & np.uint64(0xFFFFFFFF)]),
             "recall_within_the_cheapest_cells": share(np.isin(true, alone)),
             "cheapest_cells": one_probe["cells"],
-            "not_pairs": int((~np.isin(keys, brute_force(np.asarray(rows, np.float32), -1e-5))).sum()),
+            "not_pairs": int((~np.isin(keys, near)).sum()),
         }
     return result
 
@@ -157,15 +159,16 @@ def planted(rows: Any, originals: Ints, copies: Ints, keys: npt.NDArray[np.uint6
     return bands
 
 
-def brute_force(rows: Rows, slack: float = 1e-5) -> npt.NDArray[np.uint64]:
-    """Return the keys of all pairs whose cosine exceeds the threshold by more than rounding can be."""
+def brute_force(rows: Rows) -> tuple[npt.NDArray[np.uint64], Rows]:
+    """Return the keys of all pairs that reach the threshold, or may but for rounding, and their cosines."""
     rows = unit(rows)
     found = []
     for start in range(0, len(rows), 2048):
-        a, b = np.nonzero(rows[start : start + 2048] @ rows[start:].T >= SIMILARITY + slack)
-        a, b = a[a < b] + start, b[a < b] + start
-        found.append(a.astype(np.uint64) << np.uint64(32) | b.astype(np.uint64))
-    return np.concatenate(found)
+        cosine = rows[start : start + 2048] @ rows[start:].T
+        a, b = np.nonzero(cosine >= SIMILARITY - SLACK)
+        a, b = a[a < b], b[a < b]
+        found.append(((a + start).astype(np.uint64) << np.uint64(32) | (b + start).astype(np.uint64), cosine[a, b]))
+    return np.concatenate([keys for keys, _ in found]), np.concatenate([cosine for _, cosine in found])
 
 
 # -- the process that is measured -------------------------------------------------------------------------------------
