@@ -8,8 +8,10 @@ their edges are between equal looks.
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
-from importlib.metadata import version
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .config import Config, digest_of
+from .embedding_join import METHOD, embedding_join
 from .encoders import image_encoder
 from .errors import InputError
 from .hash_join import hash_join
-from .joins import embedding_join
 from .records import EDGES, LOOK_SIDE, Groups, Ints, Pairs, Samples, Shard
-from .store import Store, done, read_digest, read_table, write_table
+from .store import Store, done, read_digest, read_table, replacing, write_table
 
 _STORED_RADIUS = 6  # edges are stored up to here, so that a smaller radius groups again without joining
 _STORED_PDQ_RADIUS = 31  # the widest that the configuration allows: its join is drawn for one radius
@@ -69,7 +71,8 @@ def similarity(config: Config) -> float:
 def find_edges(samples: Samples, store: Store, config: Config) -> tuple[pa.Table, pa.Table]:
     """Return hash edges and embedding edges between representative rows, joined now or by an earlier run.
 
-    A row represents those with its hash, or with its content digest; blank images have no such edges.
+    A row represents those with its hash, or with its content digest; blank images have no such edges.  The note of the
+    embedding edges tells how complete they are.
     """
     inputs = signatures_digest(samples.shards, store)
     compared = np.flatnonzero(samples.good & ~_flags(samples.table["blank"]))
@@ -88,14 +91,23 @@ def find_edges(samples: Samples, store: Store, config: Config) -> tuple[pa.Table
     if encoder is None:
         return hash_edges, EDGES.empty_table()
     lowest = min(similarity(config), encoder.similarity - _STORED_SIMILARITY)
-    key = digest_of(["embedding-edges-1", inputs, lowest, version("faiss-cpu")])
+    key = digest_of(["embedding-edges-2", inputs, lowest, METHOD])
     path = store.edges / "embedding.parquet"
+    work = store.edges / f"embedding-{key}"  # what a killed join left there is its own
     if not done(path, key):
         _, place = np.unique(_void(samples.table["digest"])[compared], return_index=True)
         rows = compared[np.sort(place)]
         # k-means depends on the order of its rows, and this one on nothing but the samples
         rows = rows[np.argsort(_void(samples.table["uid"])[rows], kind="stable")]
-        write_table(path, _edges(embedding_join(_embeddings(samples, store, rows), lowest), rows), key)
+        if not (work / "rows.npy").exists():
+            _write_embeddings(samples, store, rows, work / "rows.npy")
+        embeddings = np.load(work / "rows.npy", mmap_mode="r", allow_pickle=False)
+        join = embedding_join(embeddings, lowest, work)
+        note = {"rows": len(rows), "pairs": len(join.a), "cells": join.cells, "probes": join.probes}
+        edges = _edges((join.a, join.b, join.distance), rows)
+        write_table(path, edges, key, {**note, "recall": asdict(join.recall)})
+    for left_over in store.edges.glob("embedding-*"):
+        shutil.rmtree(left_over)
     return hash_edges, read_table(path)
 
 
@@ -115,27 +127,27 @@ def _words(hashes: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
     return hashes.view(np.uint64).reshape(len(hashes), hashes.itemsize // 8)
 
 
-def _embeddings(samples: Samples, store: Store, rows: Ints) -> npt.NDArray[np.float32]:
+def _write_embeddings(samples: Samples, store: Store, rows: Ints, path: Path) -> None:
+    """Write the embeddings of these rows, in their order, as one array of half precision."""
     place = np.full(len(samples), -1, np.int64)
     place[rows] = np.arange(len(rows))
-    found: npt.NDArray[np.float32] | None = None
-    for shard, first in zip(samples.shards, samples.first, strict=False):
-        column = read_table(store.signatures(shard.name), ["embedding"])["embedding"].combine_chunks()
-        dim = column.type.list_size
-        if found is None:
-            found = np.empty((len(rows), dim), np.float32)
-        values = column.values.to_numpy(zero_copy_only=False).reshape(-1, dim)[
-            column.offset : column.offset + len(column)
-        ]
-        target = place[first : first + len(column)]
-        found[target[target >= 0]] = values[target >= 0]
-    if found is None:
-        return np.empty((0, 1), np.float32)
-    found /= np.maximum(np.sqrt((found * found).sum(1, keepdims=True)), 1e-6)
-    return found
+    found: np.memmap[Any, np.dtype[np.float16]] | None = None
+    with replacing(path) as temporary:
+        for shard, first in zip(samples.shards, samples.first, strict=False):
+            column = read_table(store.signatures(shard.name), ["embedding"])["embedding"].combine_chunks()
+            dim = column.type.list_size
+            if found is None:
+                found = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(rows), dim))
+            values = column.values.to_numpy(zero_copy_only=False).reshape(-1, dim)[
+                column.offset : column.offset + len(column)
+            ]
+            target = place[first : first + len(column)]
+            found[target[target >= 0]] = values[target >= 0]
+        if found is not None:
+            found.flush()
 
 
-def _edges(pairs: Pairs, rows: Ints) -> pa.Table:
+def _edges(pairs: tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.float32]], rows: Ints) -> pa.Table:
     a, b = rows[pairs[0]], rows[pairs[1]]
     a, b = np.minimum(a, b), np.maximum(a, b)
     order = np.lexsort((b, a))

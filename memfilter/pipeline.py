@@ -203,6 +203,7 @@ def _about(
         "config": dump,
         "config_digests": {name: digest_of(keys) for name, keys in dump.items()},
         "versions": {"memfilter": version("memfilter"), **versions(config.images.hash)},
+        "embedding_join": read_note(store.edges / "embedding.parquet") if config.images.encoder else None,
         "magnitude": scores and scores.info,
         "threshold": limit,
         "shards": shards,

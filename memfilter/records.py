@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 Ints = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.integer[Any]]
 Floats = npt.NDArray[np.float32]
 Pairs = tuple[Ints, Ints, Floats]  # rows a < b, and their distance
 

@@ -96,6 +96,7 @@ def lines(info: dict[str, Any], out: str) -> list[str]:
         f"{copies['hash']:,} by hash, {copies['embedding']:,} by embedding)",
         f"apart     {found['blank']:,} blank images, in {found['blank_groups']:,} groups, "
         f"and {found['placeholders']:,} placeholders, in {found['placeholder_groups']:,}",
+        *([embedding_line(info["embedding_join"])] if info["embedding_join"] else []),
         f"captions  {reasons['caption_duplicate']:,} repeats in {found['caption_groups']:,} groups; "
         f"{found['without_caption']:,} samples without a caption",
         "together  " + ", ".join(f"{n:,} {kind}" for kind, n in found["duplication"].items()),
@@ -116,6 +117,20 @@ def lines(info: dict[str, Any], out: str) -> list[str]:
     text.append(f"manifest  {out}/manifest" + (f", filtered shards {out}/shards" if config["output"]["shards"] else ""))
     text.append(reconciliation(counts))
     return text
+
+
+def embedding_line(join: dict[str, Any]) -> str:
+    """Return the line that tells how many of the true pairs the embedding join found."""
+    recall = join["recall"]
+    how = f"{join['probes']} of {join['cells']:,} cells probed for each"
+    if join["cells"] == 1:
+        how = "every row compared with every other"
+    if recall["share"] is None:
+        found = f"; recall unknown: no true pair of {recall['rows']:,} sampled rows"
+    else:
+        interval = f"{recall['low']:.3f}-{recall['high']:.3f}, from {recall['rows']:,} sampled rows"
+        found = f", recall {recall['share']:.3f} ({interval})"
+    return f"embedding {join['pairs']:,} pairs{found}; {how}"
 
 
 def _group(place: int, group: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from memfilter.config import Config
 from memfilter.errors import InputError
 from memfilter.groups import caption_rows, distinct_captions, find_edges, group, load_samples
 from memfilter.records import METHODS, Groups, Samples, Shard, signature_schema
-from memfilter.store import Store, write_table
+from memfilter.store import Store, read_note, write_table
 
 DIM = 2
 SIMILARITY = 0.95  # the built-in encoder's own: 18.2 degrees
@@ -371,6 +371,18 @@ def test_without_an_encoder_only_hashes_and_digests_join() -> None:
     images = [Image(0, 0, 10), Image(1, FAR, 10)]
     assert grouped([rows_of(*images)]).image_group.tolist() == [0, 0]
     assert grouped([rows_of(*images)], image_config(encoder=None)).image_group.tolist() == [0, 1]
+
+
+def test_what_the_embedding_join_worked_with_is_gone_once_its_edges_are_written(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    images = [Image(i, i * 0x9E37_79B9_7F4A_7C15 % 2**64, angle) for i, angle in enumerate((10, 12, 90))]
+    samples = load_samples(write_parts([rows_of(*images)], store), store)
+    (store.edges / "embedding-of-a-join-with-another-threshold").mkdir(parents=True)
+    _, edges = find_edges(samples, store, Config())
+    assert [(e["a"], e["b"]) for e in edges.to_pylist()] == [(0, 1)]
+    assert sorted(p.name for p in store.edges.iterdir()) == ["embedding.parquet", "hash.parquet"]
+    note = read_note(store.edges / "embedding.parquet")
+    assert (note["rows"], note["pairs"], note["recall"]["pairs"], note["recall"]["share"]) == (3, 1, 2, 1.0)
 
 
 def test_blank_images_are_grouped_by_their_looks_and_with_no_other() -> None:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 import memfilter
 from memfilter import Manifest
-from memfilter.summary import lines
+from memfilter.summary import embedding_line, lines
 
 
 def flat(level: int, side: int, quality: int = 90) -> bytes:
@@ -70,6 +70,37 @@ def test_blank_images_and_placeholders_are_counted_apart(manifest: Manifest) -> 
     text = lines(manifest.info, "out")
     assert text[0].startswith("images    80 copies of 13 pictures (0 exact, ")
     assert text[1] == "apart     8 blank images, in 2 groups, and 4 placeholders, in 1"
+
+
+def test_the_recall_of_the_embedding_join_is_told_in_one_line_and_stands_in_the_manifest(manifest: Manifest) -> None:
+    join = manifest.info["embedding_join"]
+    rows = 91 + 3 + 4  # pictures, signs and placeholders
+    assert (join["rows"], join["cells"], join["recall"]["rows"]) == (rows, 1, rows)
+    assert join["recall"]["share"] == join["recall"]["high"] == 1
+    assert join["recall"]["pairs"] == 2 * join["pairs"] > 0
+    (line,) = [line for line in lines(manifest.info, "out") if line.startswith("embedding ")]
+    assert line.startswith(f"embedding {join['pairs']:,} pairs, recall 1.000 (0.")
+    assert line.endswith(f"-1.000, from {rows} sampled rows); every row compared with every other")
+
+
+def test_without_an_encoder_nothing_is_told_of_a_join(tmp_path: Path) -> None:
+    write_tar(tmp_path / "data" / "0.tar", sample("a", encoded(picture(1))))
+    config = memfilter.Config.parse({"images": {"encoder": None}})
+    info = memfilter.run([str(tmp_path / "data")], tmp_path / "out", config, workers=1).info
+    assert info["embedding_join"] is None
+    assert not [line for line in lines(info, "out") if line.startswith("embedding ")]
+
+
+def test_the_line_of_a_join_by_cells_tells_their_number_and_what_no_pair_tells() -> None:
+    recall = {"rows": 512, "pairs": 900, "found": 898, "share": 898 / 900, "low": 0.9951, "high": 0.9999}
+    join = {"rows": 10**6, "pairs": 1203, "cells": 4000, "probes": 16, "recall": recall}
+    assert embedding_line(join) == (
+        "embedding 1,203 pairs, recall 0.998 (0.995-1.000, from 512 sampled rows); 16 of 4,000 cells probed for each"
+    )
+    join["recall"] = recall | {"pairs": 0, "found": 0, "share": None, "low": 0.0, "high": 1.0}
+    assert embedding_line(join) == (
+        "embedding 1,203 pairs; recall unknown: no true pair of 512 sampled rows; 16 of 4,000 cells probed for each"
+    )
 
 
 def test_the_ten_largest_groups_are_told_and_no_control_code_with_them(manifest: Manifest) -> None:
