@@ -24,6 +24,7 @@ from .captions import fingerprint
 from .config import Config, digest_of
 from .encoders import image_encoder
 from .errors import RunError, ShardError
+from .phash import phash_bits
 from .records import Shard, signature_schema
 from .shards import REMEDY, check_side_cars
 from .source import Member, Members, open_shard, printable_key, sample_uid
@@ -216,11 +217,11 @@ class Signer:
         is_good = np.zeros(len(rows), bool)
         is_good[good] = True
         small = np.stack([rows[i]["thumbnail"] for i in good]) if good else np.empty((0, 0, 0), np.uint8)
-        for i, blank, plain in zip(good, images.are_blank(small).tolist(), images.are_plain(small), strict=True):
-            # the method's own bits of the pixels that its encode_image would bring to this size
-            bits = self.hasher._hash_algo(rows[i]["hashed"])
-            rows[i] |= {"hash": int.from_bytes(np.packbits(bits).tobytes(), "big"), "blank": blank}
-            if plain:
+        hashes = self._hashes([rows[i]["hashed"] for i in good])
+        blank, plain = images.are_blank_or_plain(small)
+        for i, hash, is_blank, is_plain in zip(good, hashes, blank.tolist(), plain.tolist(), strict=True):
+            rows[i]["hash"], rows[i]["blank"] = hash, is_blank
+            if is_plain:
                 rows[i]["look"] = images.look(rows[i]["thumbnail"])
         columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in self.schema.names}
         if good:
@@ -235,6 +236,16 @@ class Signer:
             flat, missing = pa.array(embeddings.ravel()), pa.array(~is_good)
             columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, self.encoder.dim, mask=missing)
         return pa.table(columns, schema=self.schema)
+
+    def _hashes(self, pixels: list[npt.NDArray[np.uint8]]) -> list[int]:
+        """Return the method's own bits of the pixels that its encode_image would bring to this size."""
+        if not pixels:
+            return []
+        if self.config.images.hash == "phash":
+            bits = phash_bits(np.stack(pixels), self.hasher._hash_algo)
+        else:
+            bits = np.stack([np.ravel(self.hasher._hash_algo(p)) for p in pixels])
+        return [int.from_bytes(row.tobytes(), "big") for row in np.packbits(bits, axis=1)]
 
     def read(self, shard: str, index: int, members: Iterator[Member]) -> tuple[bytes, dict[str, Any]]:
         """Return the sample's raw key and its row; a bad sample's row has the cause and nothing else."""
