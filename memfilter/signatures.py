@@ -24,6 +24,7 @@ from .captions import fingerprint
 from .config import Config, digest_of
 from .encoders import image_encoder
 from .errors import RunError, ShardError
+from .keeping import field_texts
 from .phash import phash_bits
 from .records import Shard, signature_schema
 from .shards import REMEDY, check_side_cars
@@ -64,9 +65,8 @@ def versions() -> dict[str, str]:
 def signature_digest(shard: Shard, content: str | None, config: Config) -> str:
     """Return the digest of everything that shapes a shard's signatures; `content` is the digest of its bytes."""
     encoder = image_encoder(config.images.encoder)
-    return digest_of(
-        ["signatures-2", shard.name, content, config.digest(*_CONFIG_KEYS), encoder and encoder.identity, versions()]
-    )
+    keys = [config.digest(*_CONFIG_KEYS), list(config.images.json_fields)]
+    return digest_of(["signatures-2", shard.name, content, keys, encoder and encoder.identity, versions()])
 
 
 def is_signed(shard: Shard, path: Path, config: Config) -> bool:
@@ -104,7 +104,7 @@ def sign(shard: Shard, path: Path, config: Config) -> Signed:
         if config.input.on_bad_shard == "stop":
             raise
         note["skipped"] = str(e).removesuffix(f"; {REMEDY}")
-        table = signature_schema(encoder.dim if encoder else 0).empty_table()
+        table = signature_schema(encoder.dim if encoder else 0, config.images.json_fields).empty_table()
     bad = table.num_rows - table["bad"].null_count
     note |= {"samples": table.num_rows, "bad": bad}
     write_table(path, table, signature_digest(shard, note.get("digest"), config), note)
@@ -209,7 +209,7 @@ class Signer:
         self.encoder = image_encoder(config.images.encoder)
         # an encoder's input is filtered down from twice its size
         self.side = max(images.HASH_SIDE, 2 * self.encoder.side if self.encoder else 0)
-        self.schema = signature_schema(self.encoder.dim if self.encoder else 0)
+        self.schema = signature_schema(self.encoder.dim if self.encoder else 0, config.images.json_fields)
 
     def table(self, rows: list[dict[str, Any]]) -> pa.Table:
         """Return the rows as a table, with what is computed of their small images: hash, blankness, embedding."""
@@ -329,6 +329,7 @@ class Signer:
         except UnicodeEncodeError as e:
             raise _Bad("bad_caption", "the json holds half of a surrogate pair, which is no text") from e
         row: dict[str, Any] = {"caption": caption, "fingerprint": fingerprint(caption), "captions": more or None}
+        row |= field_texts(fields, self.config.images.json_fields)
         if config.uid_field:
             row["uid"] = _own_uid(fields.get(config.uid_field), config.uid_field)
         return row
