@@ -8,12 +8,29 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from .errors import ConfigError
 
-KeepOrder = Literal["resolution", "bytes", "caption_length", "uid"]
+KEEP = ("resolution", "bytes", "caption_length", "uid")
+"""What images.keep knows of every sample."""
+
+JSON = "json:"
+"""What stands before the name of a json's field, in images.keep and as a column of the signatures."""
+
+MAX_VALUE = 255
+"""Characters of a value in the json that are compared."""
+
 Policy = Literal["record", "mask", "drop"]
 
 
@@ -36,6 +53,33 @@ class Input(_Section):
     timeout: Annotated[float, Field(gt=0, le=86_400)] = 60.0  # seconds in which the next bytes of a remote shard come
 
 
+def _keep_key(key: str) -> str:
+    name = key.removeprefix("-")
+    if name not in KEEP and (name == JSON or not name.startswith(JSON)):
+        raise PydanticCustomError("keep_key", "No such key")
+    return key
+
+
+def _distinct(values: tuple[str | bool | int, ...]) -> tuple[str | bool | int, ...]:
+    if len({v if isinstance(v, str) else json.dumps(v) for v in values}) < len(values):
+        raise PydanticCustomError("twice", "A value is named twice")
+    return values
+
+
+class NamedOrder(_Section):
+    """Of a json's field, the values in their order, the best first; others come behind them, none at all last."""
+
+    field: Annotated[str, Field(min_length=1)]
+    order: Annotated[
+        tuple[Annotated[str, Field(max_length=MAX_VALUE)] | bool | int, ...],
+        Field(min_length=1, strict=False),
+        AfterValidator(_distinct),
+    ]
+
+
+KeepKey = Annotated[str, AfterValidator(_keep_key)] | NamedOrder
+
+
 class Images(_Section):
     """How images are compared, and which of a group is kept."""
 
@@ -44,12 +88,13 @@ class Images(_Section):
     decode: Literal["fast", "full"] = "fast"
     encoder: str | None = "builtin"
     encoder_similarity: Annotated[float, Field(gt=0, le=1)] | None = None
-    keep: Annotated[tuple[KeepOrder, ...], Field(min_length=1, strict=False)] = (
-        "resolution",
-        "bytes",
-        "caption_length",
-        "uid",
-    )
+    keep: Annotated[tuple[KeepKey, ...], Field(min_length=1, strict=False)] = KEEP
+
+    @property
+    def json_fields(self) -> tuple[str, ...]:
+        """The fields of the json that `keep` names, sorted."""
+        names = {k.field if isinstance(k, NamedOrder) else k.removeprefix("-") for k in self.keep}
+        return tuple(sorted(n.removeprefix(JSON) for n in names - {*KEEP}))
 
     @model_validator(mode="before")
     @classmethod
@@ -172,6 +217,12 @@ def _first_cause(error: ValidationError) -> str:
     if where[:2] == ["magnitude", "threshold"]:  # one of several forms, each with a complaint of its own
         forms = "a number >= 0, {quantile: Q} or {false_positive_rate: R, reference: FILE}, Q and R from 0 to below 1"
         return f"magnitude.threshold = {cause['input']!r}: {cause['msg']}; it is {forms}"
+    if where[:2] == ["images", "keep"] and len(where) > 2:  # likewise: the deepest complaint is of the form meant
+        cause = max(causes, key=lambda c: len(c["loc"]))
+        forms = (
+            f"{', '.join(KEEP)}, json:FIELD, each with or without a '-' before it, or {{field: FIELD, order: [VALUES]}}"
+        )
+        return f"images.keep = {cause['input']!r}: {cause['msg']}; a key is {forms}"
     if cause["type"] != "extra_forbidden":
         return f"{'.'.join(where[:2])} = {cause['input']!r}: {cause['msg']}"
     section: Any = Config.model_fields[where[0]].annotation if len(where) > 1 else Config

@@ -9,7 +9,7 @@ their edges are between equal looks.
 from __future__ import annotations
 
 import shutil
-from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,24 +19,29 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .config import Config, digest_of
+from .compiled import compiled
+from .config import JSON, Config, digest_of
 from .embedding_join import METHOD, embedding_join
 from .encoders import image_encoder
 from .errors import InputError
 from .hash_join import hash_join
-from .records import EDGES, LOOK_SIDE, Groups, Ints, Pairs, Samples, Shard
+from .keeping import rank_samples
+from .looks import join_looks
+from .records import EDGES, LOOK_SIDE, Groups, Ints, Samples, Shard
 from .store import Store, done, read_digest, read_table, replacing, write_table
 
 _STORED_RADIUS = 6  # edges are stored up to here, so that a smaller radius groups again without joining
 _STORED_PDQ_RADIUS = 31  # the widest that the configuration allows: its join is drawn for one radius
 _STORED_SIMILARITY = 0.05  # likewise, this far below the encoder's own threshold
-_SAME_LOOK = 6  # grey levels of 255 by which any cell of two blank images' looks may differ
 
 
-def load_samples(shards: list[Shard], store: Store) -> Samples:
-    """Return the signatures of all shards; raises InputError when two samples give the same uid of their own."""
+def load_samples(shards: list[Shard], store: Store, fields: tuple[str, ...] = ()) -> Samples:
+    """Return the signatures of all shards, with the texts of these fields of the json.
+
+    Raises InputError when two samples give the same uid of their own.
+    """
     names = ["uid", "bad", "digest", "hash", "width", "height", "bytes", "blank", "look"]
-    names += ["caption", "fingerprint", "captions"]
+    names += ["caption", "fingerprint", "captions", *(JSON + name for name in fields)]
     parts = [read_table(store.signatures(s.name), names) for s in shards]
     table = pa.concat_tables(parts).unify_dictionaries()
     first = np.cumsum([0, *(len(p) for p in parts)])
@@ -191,7 +196,8 @@ def group(
     samples: Samples, edges: tuple[pa.Table, pa.Table], captions: pa.Table, caption: Ints, config: Config
 ) -> Groups:
     """Return the image and caption groups of all samples and their multiplicities."""
-    rank = _rank(samples, config)
+    _, uid = np.unique(_void(samples.table["uid"]), return_inverse=True)
+    rank = rank_samples(samples, uid, config.images.keep)
     keeper, method, distance = _image_groups(samples, rank, edges, config)
     caption_keeper = _caption_groups(samples, rank, captions, caption)
     image_count = np.bincount(keeper, minlength=len(samples))[keeper]
@@ -202,28 +208,13 @@ def group(
     )
 
 
-def _rank(samples: Samples, config: Config) -> Ints:
-    lengths = pc.fill_null(pc.utf8_length(samples.table["caption"]), 0).to_numpy().astype(np.int64)
-    _, uid = np.unique(_void(samples.table["uid"]), return_inverse=True)
-    keys = {
-        "resolution": -samples.ints("width") * samples.ints("height"),
-        "bytes": -samples.ints("bytes"),
-        "caption_length": -lengths,
-        "uid": uid,
-    }
-    order = np.lexsort([np.arange(len(samples)), uid, *(keys[k] for k in reversed(config.images.keep)), ~samples.good])
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
-    return rank
-
-
 def _image_groups(
     samples: Samples, rank: Ints, edges: tuple[pa.Table, pa.Table], config: Config
 ) -> tuple[Ints, npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """Return of each sample its keeper, and method and distance of the edge between them.
 
     Copies to the byte have the same edges, so they are one content; images of one hash have the same hash edges, so
-    those are walked from hash to hash.  Only contents with any relation are visited one by one.
+    those are walked from hash to hash.
     """
     n = len(samples)
     keeper = np.arange(n)
@@ -242,17 +233,12 @@ def _image_groups(
     compared = rows[hashed[rows]]
     hash_of[compared] = _number(hashes[compared])
 
-    near_hash = _neighbours(_within(edges[0], config.images.hash_radius), hash_of)
-    ends, near_content = _adjacent(_within(edges[1], 1 - similarity(config) + 1e-7), content, len(best))
-    shared = np.bincount(hash_of[best][hash_of[best] >= 0], minlength=1)
-    has_edge = np.diff(ends) > 0
-    hash_has_edge = shared > 1
-    hash_has_edge[list(near_hash)] = True
-    has_edge |= (hash_of[best] >= 0) & hash_has_edge[hash_of[best]]
-
-    joined = _visit(np.flatnonzero(has_edge), hash_of[best], near_hash, ends, near_content)
+    by_hash = _adjacent(_within(edges[0], config.images.hash_radius), hash_of, hash_of.max() + 1, mutual=True)
+    by_content = _adjacent(_within(edges[1], 1 - similarity(config) + 1e-7), content, len(best), mutual=False)
+    steps = len(best) + len(by_hash[1]) + len(by_content[1])
+    joined = compiled(_visit, steps)(hash_of[best], *by_hash, *by_content)
     flat = np.flatnonzero(blank[best])
-    joined[flat] = flat[_join_looks(_looks(samples, best[flat]))]
+    joined[flat] = flat[join_looks(_looks(samples, best[flat]))]
 
     keeper[rows] = best[joined[content[rows]]]
     copies = rows[keeper[rows] != rows]
@@ -269,25 +255,26 @@ def _image_groups(
     return keeper, method, distance
 
 
-def _visit(contents: Ints, hash_of: Ints, near_hash: dict[int, list[int]], ends: Ints, near_content: Ints) -> Ints:
+def _visit(hash_of: Ints, hash_ends: Ints, near_hash: Ints, ends: Ints, better: Ints) -> Ints:
     """Return of each content its keeper's, when these, in the order of their rank, are visited one by one."""
-    joined = np.arange(len(hash_of))
-    is_keeper = np.zeros(len(hash_of), bool)  # of those visited
-    by_hash: dict[int, int] = {}  # of each hash, the best keeper within the radius
-    for c in contents.tolist():
-        h = int(hash_of[c])
-        near = near_content[ends[c] : ends[c + 1]]  # sorted: the first keeper is the best
-        near = near[is_keeper[near]]
-        found = near[:1].tolist()
-        if h in by_hash:
-            found.append(by_hash[h])
-        if found:
-            joined[c] = min(found)
-            continue
-        is_keeper[c] = True
-        if h >= 0:
-            for other in (h, *near_hash.get(h, ())):
-                by_hash.setdefault(other, c)
+    n = len(hash_of)
+    joined = np.arange(n)
+    of_hash = np.full(len(hash_ends), n)  # of each hash, the best keeper within the radius
+    for c in range(n):
+        h = hash_of[c]
+        best = of_hash[h] if h >= 0 else n
+        for at in range(ends[c], ends[c + 1]):
+            other = better[at]  # sorted: the first keeper is the best
+            if other >= best:
+                break
+            if joined[other] == other:
+                best = other
+        if best < n:
+            joined[c] = best
+        elif h >= 0:
+            of_hash[h] = c
+            for at in range(hash_ends[h], hash_ends[h + 1]):
+                of_hash[near_hash[at]] = min(of_hash[near_hash[at]], c)
     return joined
 
 
@@ -297,46 +284,44 @@ def _looks(samples: Samples, rows: Ints) -> npt.NDArray[np.int16]:
     return np.frombuffer(looks, np.uint8).reshape(-1, LOOK_SIDE**2).astype(np.int16)
 
 
-def _join_looks(looks: npt.NDArray[np.int16]) -> Ints:
-    """Return of each look, the best first, the place of the first one like it that itself joins none."""
-    joined = np.empty(len(looks), np.int64)
-    left = np.arange(len(looks))
-    while len(left):
-        near = np.abs(looks[left] - looks[left[0]]).max(1) <= _SAME_LOOK
-        joined[left[near]] = left[0]
-        left = left[~near]
-    return joined
-
-
 def _within(edges: pa.Table, distance: float) -> pa.Table:
     return edges.filter(pc.less_equal(edges["distance"], pa.scalar(distance, pa.float32())))
 
 
-def _neighbours(edges: pa.Table, number: Ints) -> dict[int, list[int]]:
-    found: defaultdict[int, list[int]] = defaultdict(list)
-    for a, b in zip(number[edges["a"].to_numpy()].tolist(), number[edges["b"].to_numpy()].tolist(), strict=True):
-        found[a].append(b)
-        found[b].append(a)
-    return dict(found)
+def _adjacent(edges: pa.Table, number: Ints, n: int, mutual: bool) -> tuple[Ints, Ints]:
+    """Return where the neighbours of each number begin, one more at the end, and these, sorted, one after the other.
 
-
-def _adjacent(edges: pa.Table, number: Ints, n: int) -> tuple[Ints, Ints]:
-    """Return the neighbours of each number, sorted, one after the other, and where those of each begin and end."""
-    a, b = number[edges["a"].to_numpy()], number[edges["b"].to_numpy()]
-    key = np.concatenate([a * n + b, b * n + a])
+    Without `mutual` only smaller numbers are told as neighbours of greater ones.
+    """
+    key = np.empty(len(edges) * (1 + mutual), np.int64)
+    at = 0
+    for a, b, _ in _parts(edges, number):
+        for one, other in [(np.maximum(a, b), np.minimum(a, b)), (np.minimum(a, b), np.maximum(a, b))][: 1 + mutual]:
+            key[at : at + len(a)] = one * n + other
+            at += len(a)
     key.sort()
-    return np.searchsorted(key, np.arange(n + 1) * n), key % n
+    ends = np.searchsorted(key, np.arange(n + 1) * n)
+    key %= max(n, 1)
+    return ends, key
 
 
-def _distances(edges: pa.Table, content: Ints, a: Ints, b: Ints) -> npt.NDArray[np.float32]:
-    """Return the stored distances between these pairs of contents, which all have an edge."""
-    n = len(content)
-    one, other = content[edges["a"].to_numpy()], content[edges["b"].to_numpy()]
-    key = np.minimum(one, other) * n + np.maximum(one, other)
-    order = np.argsort(key)
-    place = np.searchsorted(key[order], np.minimum(a, b) * n + np.maximum(a, b))
-    found: npt.NDArray[np.float32] = edges["distance"].to_numpy()[order[place]]
-    return found
+def _distances(edges: pa.Table, number: Ints, a: Ints, b: Ints) -> npt.NDArray[np.float32]:
+    """Return the stored distances between these pairs of numbers, which all have an edge."""
+    n = len(number)
+    wanted, inverse = np.unique(np.minimum(a, b) * n + np.maximum(a, b), return_inverse=True)
+    found = np.zeros(len(wanted), np.float32)
+    for one, other, distance in _parts(edges, number) if len(wanted) else ():
+        key = np.minimum(one, other) * n + np.maximum(one, other)
+        place = np.minimum(np.searchsorted(wanted, key), len(wanted) - 1)
+        hit = wanted[place] == key
+        found[place[hit]] = distance[hit]
+    return found[inverse]
+
+
+def _parts(edges: pa.Table, number: Ints) -> Iterator[tuple[Ints, Ints, npt.NDArray[np.float32]]]:
+    """Yield the numbers at both ends of the edges and their distances, a million at a time: there may be 10^8."""
+    for part in edges.to_batches(1 << 20):
+        yield number[part["a"].to_numpy()], number[part["b"].to_numpy()], part["distance"].to_numpy()
 
 
 def _caption_groups(samples: Samples, rank: Ints, captions: pa.Table, caption: Ints) -> Ints:

@@ -234,8 +234,12 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 def thumbnail(pixels: npt.NDArray[np.uint8], side: int = THUMBNAIL_SIDE) -> npt.NDArray[np.uint8]:
     """Return grey or RGB pixels as grey (side, side), filtered."""
-    small = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    return np.asarray(small if small.mode == "L" else small.convert("L"))
+    # Pillow's fromarray and __array_interface__ take as long as the filter
+    mode = "L" if pixels.ndim == 2 else "RGB"
+    image = Image.frombuffer(mode, pixels.shape[1::-1], np.ascontiguousarray(pixels), "raw", mode, 0, 1)
+    small = image.resize((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    small = small if mode == "L" else small.convert("L")
+    return np.frombuffer(small.tobytes(), np.uint8).reshape(side, side)
 
 
 def are_blank(small: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
@@ -244,19 +248,19 @@ def are_blank(small: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
     True when its levels deviate by less than 4 of 255, or when a histogram of 32 levels has less than one bit of
     entropy: one flat colour, or one colour with a few specks.
     """
-    if not len(small):
-        return np.empty(0, bool)
-    blank: npt.NDArray[np.bool_] = (small.reshape(len(small), -1).std(1) < 4) | (_entropy(small) < 1)
-    return blank
+    return are_blank_or_plain(small)[0]
 
 
-def are_plain(small: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Tell of each of (N, H, W) grey thumbnails whether it is blank or hardly more: less than two bits of entropy.
+def are_blank_or_plain(small: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Tell of each of (N, H, W) grey thumbnails whether it is blank, and whether it is plain: blank or hardly more.
 
-    Such are drawings and lettering on one ground, and about one photo in 200.
+    Plain ones have less than two bits of entropy: drawings and lettering on one ground, and about one photo in 200.
     """
-    plain: npt.NDArray[np.bool_] = are_blank(small) | (_entropy(small) < 2)
-    return plain
+    if not len(small):
+        return np.empty(0, bool), np.empty(0, bool)
+    entropy = _entropy(small)
+    blank: npt.NDArray[np.bool_] = (small.reshape(len(small), -1).std(1) < 4) | (entropy < 1)
+    return blank, blank | (entropy < 2)
 
 
 def look(small: npt.NDArray[np.uint8]) -> bytes:
@@ -268,8 +272,6 @@ def look(small: npt.NDArray[np.uint8]) -> bytes:
 
 def _entropy(small: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
     """Return the entropy in bits of each thumbnail's histogram of 32 levels."""
-    if not len(small):
-        return np.empty(0)
     flat = small.reshape(len(small), -1)
     levels = (flat >> 3) + 32 * np.arange(len(flat))[:, None]
     counts = np.bincount(levels.ravel(), minlength=32 * len(flat)).reshape(-1, 32)

@@ -85,7 +85,8 @@ def rethreshold(path: str | Path, config_file: str | Path | None = None, workers
             if not is_signed(shard, path, config):
                 raise ConfigError(
                     f"{config_file or store.path}: {shard.name} has no signatures under this configuration; keys of "
-                    "'input', and images.hash, decode and encoder, need 'memfilter run'"
+                    "'input', images.hash, decode and encoder, and other fields of the json in images.keep, need "
+                    "'memfilter run'"
                 )
         done = _decide_and_write(shards, model, store, config, workers or executors.default_workers())
         settings = {"config": config.model_dump(mode="json"), "model": model and astuple(model)}
@@ -96,7 +97,7 @@ def rethreshold(path: str | Path, config_file: str | Path | None = None, workers
 def _decide_and_write(
     shards: list[Shard], model: ModelFiles | None, store: Store, config: Config, workers: int
 ) -> Manifest:
-    samples = load_samples(shards, store)
+    samples = load_samples(shards, store, config.images.json_fields)
     edges = find_edges(samples, store, config)
     captions, caption = distinct_captions(samples, store)
     groups = group(samples, edges, captions, caption, config)

@@ -51,13 +51,14 @@ class Shard:
     version: str | None = None
 
 
-def signature_schema(dim: int, hash: str = "phash") -> pa.Schema:
+def signature_schema(dim: int, hash: str = "phash", fields: tuple[str, ...] = ()) -> pa.Schema:
     """One row per sample of one shard; a bad sample has `bad` set and nulls from `digest` to `captions`.
 
     `hash` is 32 bytes for the method `pdq`, null for an image of low quality, and 64 bits for all others.
-    `embedding` has `dim` float16 components, is L2-normalised, and is absent when `dim` is 0.
+    `embedding` has `dim` float16 components, is L2-normalised, and is absent when `dim` is 0.  `fields`
+    are those of the json that `images.keep` names; each has a column of texts.
     """
-    fields = [
+    columns = [
         pa.field("uid", UID, nullable=False),
         pa.field("index", pa.int32(), nullable=False),
         pa.field("key", pa.string(), nullable=False),
@@ -75,9 +76,10 @@ def signature_schema(dim: int, hash: str = "phash") -> pa.Schema:
         pa.field("fingerprint", pa.binary(16)),  # of the normalised caption; null for an empty caption
         pa.field("captions", pa.list_(pa.string())),  # further captions, from the json member
     ]
+    columns += [pa.field(f"json:{name}", pa.string()) for name in fields]
     if dim:
-        fields.append(pa.field("embedding", pa.list_(pa.float16(), dim)))
-    return pa.schema(fields)
+        columns.append(pa.field("embedding", pa.list_(pa.float16(), dim)))
+    return pa.schema(columns)
 
 
 EDGES = pa.schema(

@@ -24,6 +24,8 @@ from .captions import fingerprint
 from .config import Config, digest_of
 from .encoders import image_encoder
 from .errors import ConfigError, RunError, ShardError
+from .keeping import field_texts
+from .phash import phash_bits
 from .records import Shard, signature_schema
 from .shards import REMEDY, check_side_cars
 from .source import Member, Members, open_shard, printable_key, sample_uid
@@ -74,9 +76,8 @@ def signature_digest(shard: Shard, content: str | None, config: Config) -> str:
     """Return the digest of everything that shapes a shard's signatures; `content` is the digest of its bytes."""
     encoder = image_encoder(config.images.encoder)
     libraries = versions(config.images.hash)
-    return digest_of(
-        ["signatures-2", shard.name, content, config.digest(*_CONFIG_KEYS), encoder and encoder.identity, libraries]
-    )
+    keys = [config.digest(*_CONFIG_KEYS), list(config.images.json_fields)]
+    return digest_of(["signatures-2", shard.name, content, keys, encoder and encoder.identity, libraries])
 
 
 def is_signed(shard: Shard, path: Path, config: Config) -> bool:
@@ -114,7 +115,8 @@ def sign(shard: Shard, path: Path, config: Config) -> Signed:
         if config.input.on_bad_shard == "stop":
             raise
         note["skipped"] = str(e).removesuffix(f"; {REMEDY}")
-        table = signature_schema(encoder.dim if encoder else 0, config.images.hash).empty_table()
+        dim = encoder.dim if encoder else 0
+        table = signature_schema(dim, config.images.hash, config.images.json_fields).empty_table()
     bad = table.num_rows - table["bad"].null_count
     note |= {"samples": table.num_rows, "bad": bad}
     write_table(path, table, signature_digest(shard, note.get("digest"), config), note)
@@ -232,7 +234,8 @@ class Signer:
         # an encoder's input is filtered down from twice its size
         side = images.HASH_SIDE if self.hasher else images.PDQ_SIDE
         self.side = max(side, 2 * self.encoder.side if self.encoder else 0)
-        self.schema = signature_schema(self.encoder.dim if self.encoder else 0, config.images.hash)
+        dim = self.encoder.dim if self.encoder else 0
+        self.schema = signature_schema(dim, config.images.hash, config.images.json_fields)
 
     def table(self, rows: list[dict[str, Any]]) -> pa.Table:
         """Return the rows as a table, with what is computed of their small images: hash, blankness, embedding."""
@@ -240,13 +243,14 @@ class Signer:
         is_good = np.zeros(len(rows), bool)
         is_good[good] = True
         small = np.stack([rows[i]["thumbnail"] for i in good]) if good else np.empty((0, 0, 0), np.uint8)
-        for i, blank, plain in zip(good, images.are_blank(small).tolist(), images.are_plain(small), strict=True):
-            rows[i]["blank"] = blank
-            if self.hasher:
-                # the method's own bits of the pixels that its encode_image would bring to this size
-                bits = self.hasher._hash_algo(rows[i]["hashed"])
-                rows[i]["hash"] = int.from_bytes(np.packbits(bits).tobytes(), "big")
-            if plain:
+        if self.hasher:
+            hashes = self._hashes([rows[i]["hashed"] for i in good])
+            for i, hash in zip(good, hashes, strict=True):
+                rows[i]["hash"] = hash
+        blank, plain = images.are_blank_or_plain(small)
+        for i, is_blank, is_plain in zip(good, blank.tolist(), plain.tolist(), strict=True):
+            rows[i]["blank"] = is_blank
+            if is_plain:
                 rows[i]["look"] = images.look(rows[i]["thumbnail"])
         columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in self.schema.names}
         if good:
@@ -261,6 +265,16 @@ class Signer:
             flat, missing = pa.array(embeddings.ravel()), pa.array(~is_good)
             columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, self.encoder.dim, mask=missing)
         return pa.table(columns, schema=self.schema)
+
+    def _hashes(self, pixels: list[npt.NDArray[np.uint8]]) -> list[int]:
+        """Return the method's own bits of the pixels that its encode_image would bring to this size."""
+        if not pixels:
+            return []
+        if self.config.images.hash == "phash":
+            bits = phash_bits(np.stack(pixels), self.hasher._hash_algo)
+        else:
+            bits = np.stack([np.ravel(self.hasher._hash_algo(p)) for p in pixels])
+        return [int.from_bytes(row.tobytes(), "big") for row in np.packbits(bits, axis=1)]
 
     def read(self, shard: str, index: int, members: Iterator[Member]) -> tuple[bytes, dict[str, Any]]:
         """Return the sample's raw key and its row; a bad sample's row has the cause and nothing else."""
@@ -346,6 +360,7 @@ class Signer:
         except UnicodeEncodeError as e:
             raise _Bad("bad_caption", "the json holds half of a surrogate pair, which is no text") from e
         row: dict[str, Any] = {"caption": caption, "fingerprint": fingerprint(caption), "captions": more or None}
+        row |= field_texts(fields, self.config.images.json_fields)
         if config.uid_field:
             row["uid"] = _own_uid(fields.get(config.uid_field), config.uid_field)
         return row

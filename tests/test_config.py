@@ -119,6 +119,14 @@ def test_a_file_that_says_nothing_gives_the_defaults(text: str, tmp_path: Path) 
     assert loaded(tmp_path, text) == Config()
 
 
+def test_the_order_names_fields_of_the_json_sorted_and_once(tmp_path: Path) -> None:
+    text = "images: {keep: ['-json:b', {field: a, order: [CC0, 4, true]}, uid, 'json:b', -bytes]}"
+    config = loaded(tmp_path, text)
+    assert config.images.json_fields == ("a", "b")
+    assert Config.parse(config.model_dump(mode="json")) == config
+    assert Config().images.json_fields == ()
+
+
 def test_no_file_gives_the_defaults() -> None:
     assert Config.load(None) == Config()
 
@@ -192,7 +200,23 @@ WRONG = {
     "images.decode": ["slow", "null"],
     "images.encoder": ["3", "[builtin]"],
     "images.encoder_similarity": ["0", "1.01", "-1", "high", ".nan", "true"],
-    "images.keep": ["[]", "[size]", "bytes", "null", "[bytes, 3]"],
+    "images.keep": [
+        "[]",
+        "[size]",
+        "bytes",
+        "null",
+        "[bytes, 3]",
+        "[--bytes]",
+        "['json:']",
+        "[license]",
+        "[{field: license}]",
+        "[{field: license, order: []}]",
+        "[{field: license, order: CC0}]",
+        "[{field: license, order: [1.5]}]",
+        "[{field: license, order: [true, 'true']}]",
+        "[{field: '', order: [a]}]",
+        "[{field: a, order: [b], best: c}]",
+    ],
     "captions.tiers": ["[fuzzy]", "exact"],
     "magnitude.model": ["3", "{}"],
     "magnitude.mode": ["image", "null"],
@@ -240,6 +264,16 @@ def test_a_false_positive_rate_without_its_reference_is_told_what_is_missing(tmp
     message = refusal(tmp_path, "magnitude: {threshold: {false_positive_rate: 0.01}}")
     assert "reference" in message
     assert "unknown key" not in message
+
+
+def test_a_wrong_key_of_the_order_is_told_the_keys_that_there_are(tmp_path: Path) -> None:
+    keys = "resolution, bytes, caption_length, uid, json:FIELD, each with or without a '-' before it, or {field: FIELD,"
+    for wrong, cause in [
+        ("[bytes, size]", "'size': No such key"),
+        ("[{field: license, order: [CC0, CC0]}]", "['CC0', 'CC0']: A value is named twice"),
+    ]:
+        message = refusal(tmp_path, f"images: {{keep: {wrong}}}")
+        assert message == f"images.keep = {cause}; a key is {keys} order: [VALUES]}}"
 
 
 def test_an_unknown_key_of_a_threshold_is_told_the_keys_of_thresholds(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memfilter.captions import fingerprint
-from memfilter.config import Config
+from memfilter.compiled import compiled
+from memfilter.config import KEEP, Config, NamedOrder
 from memfilter.errors import InputError
-from memfilter.groups import caption_rows, distinct_captions, find_edges, group, load_samples
+from memfilter.groups import _visit, caption_rows, distinct_captions, find_edges, group, load_samples
 from memfilter.records import METHODS, Groups, Samples, Shard, signature_schema
 from memfilter.store import Store, read_note, write_table
 
@@ -53,6 +54,7 @@ class Row:
     image: Image | None
     caption: str = ""
     captions: tuple[str, ...] = ()
+    score: str | None = None  # a field of the json
 
     def columns(self, index: int) -> dict[str, object]:
         found: dict[str, object] = {"uid": self.uid, "index": index, "key": f"{index:05}"}
@@ -71,6 +73,7 @@ class Row:
             "caption": self.caption,
             "fingerprint": fingerprint(self.caption),
             "captions": list(self.captions) or None,
+            "json:score": self.score,
             "embedding": np.array([cos(radians(image.angle)), sin(radians(image.angle))], np.float16),
         }
 
@@ -85,7 +88,7 @@ def rows_of(*images: Image | None, captions: Sequence[str] = ()) -> list[Row]:
 
 
 def write_parts(shards: Sequence[Sequence[Row]], store: Store) -> list[Shard]:
-    schema = signature_schema(DIM)
+    schema = signature_schema(DIM, ("score",))
     named = []
     for number, rows in enumerate(shards):
         columns = [row.columns(i) for i, row in enumerate(rows)]
@@ -101,7 +104,7 @@ def grouped(shards: Sequence[Sequence[Row]], config: Config | None = None) -> Gr
     config = config or Config()
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
-        samples = load_samples(write_parts(shards, store), store)
+        samples = load_samples(write_parts(shards, store), store, config.images.json_fields)
         captions, caption = distinct_captions(samples, store)
         return group(samples, find_edges(samples, store, config), captions, caption, config)
 
@@ -121,19 +124,33 @@ def visit_order(rows: Sequence[Row], config: Config) -> list[int]:
     def key(i: int) -> tuple[object, ...]:
         row = rows[i]
         if row.image is None:
-            return (1, row.uid)
-        own: dict[str, object] = {
-            "resolution": -row.image.width * row.image.height,
-            "bytes": -row.image.bytes,
-            "caption_length": -len(row.caption),
-            "uid": row.uid,
-        }
-        return (0, *(own[k] for k in config.images.keep), row.uid)
+            # a bad sample has none of the other keys, so its place among the bad is the uid's
+            uids = [k for k in config.images.keep if k in ("uid", "-uid")]
+            return (1, -number(row) if uids[:1] == ["-uid"] else number(row))
+        return (0, *(place(row, row.image, k) for k in config.images.keep), row.uid)
 
-    good = sorted((i for i in range(len(rows)) if rows[i].image), key=key)
-    bad = sorted((i for i in range(len(rows)) if not rows[i].image), key=lambda i: rows[i].uid)
-    # a bad sample has none of the other keys, so its place among the bad is the uid's
-    return good + bad
+    return sorted(range(len(rows)), key=key)
+
+
+def number(row: Row) -> int:
+    return int.from_bytes(row.uid, "big")
+
+
+def place(row: Row, image: Image, key: str | NamedOrder) -> tuple[float, ...]:
+    """Return what of two samples is less for the better one."""
+    if isinstance(key, NamedOrder):
+        order = list(key.order)
+        return (0, order.index(row.score)) if row.score in order else (2 if row.score is None else 1,)
+    name, sign = key.removeprefix("-"), -1 if key.startswith("-") else 1
+    if name == "json:score":
+        return (0, -sign * float(row.score)) if row.score and row.score != "x" else (1,)
+    own = {
+        "resolution": -image.width * image.height,
+        "bytes": -image.bytes,
+        "caption_length": -len(row.caption),
+        "uid": number(row),
+    }
+    return (sign * own[name],)
 
 
 def edge(one: Image, other: Image, config: Config) -> tuple[str, float] | None:
@@ -240,17 +257,21 @@ def tables(draw: st.DrawFn) -> list[list[Row]]:
     """Draw the samples of up to three shards."""
     pool = [*draw(images()), None]
     uids = draw(st.lists(st.integers(0, 2**128 - 1) | st.integers(0, 40), max_size=24, unique=True))
-    rows = [Row(uid(u), draw(st.sampled_from(pool)), draw(st.sampled_from(CAPTIONS))) for u in uids]
+    scores = st.sampled_from([None, "x", "1", "2.5", "-3"])
+    rows = [Row(uid(u), draw(st.sampled_from(pool)), draw(st.sampled_from(CAPTIONS)), score=draw(scores)) for u in uids]
     cuts = sorted(draw(st.tuples(st.integers(0, len(rows)), st.integers(0, len(rows)))))
     return [rows[: cuts[0]], rows[cuts[0] : cuts[1]], rows[cuts[1] :]]
 
+
+KEYS: list[object] = [sign + key for key in (*KEEP, "json:score") for sign in ("", "-")]
+KEYS += [{"field": "score", "order": ["2.5", "x"]}]
 
 CONFIGS = st.builds(
     image_config,
     hash_radius=st.integers(0, 6),
     encoder=st.sampled_from(["builtin", "builtin", None]),
     encoder_similarity=st.sampled_from([None, 0.9, 0.95, 0.99, 0.8]),
-    keep=st.lists(st.sampled_from(["resolution", "bytes", "caption_length", "uid"]), min_size=1, unique=True),
+    keep=st.lists(st.sampled_from(KEYS), min_size=1, max_size=5),
 )
 
 
@@ -300,13 +321,43 @@ def test_grouping_again_with_the_stored_edges_equals_a_fresh_run(
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
-        samples = load_samples(write_parts(shards, store), store)
+        samples = load_samples(write_parts(shards, store), store, ("score",))
         captions, caption = distinct_captions(samples, store)
         find_edges(samples, store, first)
         again = group(samples, find_edges(samples, store, then), captions, caption, then)
     fresh = grouped(shards, then)
     for name in ("rank", "image_group", "method", "distance", "caption_group", "joint_count"):
         np.testing.assert_array_equal(getattr(again, name), getattr(fresh, name))
+
+
+def lists_of(pairs: set[tuple[int, int]], n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the second numbers of each first number begin, and these."""
+    firsts = [first for first, _ in sorted(pairs)]
+    return np.searchsorted(firsts, np.arange(n + 1)), np.array([other for _, other in sorted(pairs)], np.int64)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), n=st.integers(1, 40), hashes=st.integers(1, 8))
+def test_contents_join_the_best_keeper_that_they_have_an_edge_to(data: st.DataObject, n: int, hashes: int) -> None:
+    hash_of = data.draw(st.lists(st.integers(-1, hashes - 1), min_size=n, max_size=n))
+    ends = st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)).filter(lambda e: e[0] > e[1])
+    by_content = data.draw(st.sets(ends, max_size=3 * n)) if n > 1 else set()
+    pairs = st.tuples(st.integers(0, hashes - 1), st.integers(0, hashes - 1)).filter(lambda e: e[0] != e[1])
+    drawn = data.draw(st.sets(pairs, max_size=2 * hashes)) if hashes > 1 else set()
+    by_hash = drawn | {(b, a) for a, b in drawn}
+
+    expected: list[int] = []
+    for c in range(n):
+        for keeper in (k for k in range(c) if expected[k] == k):
+            a, b = hash_of[c], hash_of[keeper]
+            if (c, keeper) in by_content or (a >= 0 and b >= 0 and (a == b or (a, b) in by_hash)):
+                expected.append(keeper)
+                break
+        else:
+            expected.append(c)
+    arguments = (np.array(hash_of), *lists_of(by_hash, hashes), *lists_of(by_content, n))
+    assert _visit(*arguments).tolist() == expected
+    assert compiled(_visit, 10**9)(*arguments).tolist() == expected
 
 
 # -- images -----------------------------------------------------------------------------------------------------------
