@@ -8,6 +8,7 @@ their edges are between equal looks.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from importlib.metadata import version
 
@@ -17,11 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .config import Config, digest_of
-from .encoders import image_encoder
+from .encoders import UNCALIBRATED, image_encoder
 from .errors import InputError
 from .joins import Pairs, embedding_join, hash_join
 from .records import EDGES, LOOK_SIDE, Groups, Ints, Samples, Shard
 from .store import Store, done, read_digest, read_table, write_table
+
+log = logging.getLogger(__name__)
 
 _STORED_RADIUS = 6  # edges are stored up to here, so that a smaller radius groups again without joining
 _STORED_SIMILARITY = 0.05  # likewise, this far below the encoder's own threshold
@@ -58,9 +61,9 @@ def signatures_digest(shards: list[Shard], store: Store) -> str:
 
 
 def similarity(config: Config) -> float:
-    """Return the cosine at which two images are copies: the configured one, or the encoder's own."""
+    """Return the cosine at which two images are copies: the configured one, the encoder's own, or a cautious one."""
     encoder = image_encoder(config.images.encoder)
-    return config.images.encoder_similarity or (encoder.similarity if encoder else 1.0)
+    return config.images.encoder_similarity or (1.0 if encoder is None else encoder.similarity or UNCALIBRATED)
 
 
 def find_edges(samples: Samples, store: Store, config: Config) -> tuple[pa.Table, pa.Table]:
@@ -83,7 +86,13 @@ def find_edges(samples: Samples, store: Store, config: Config) -> tuple[pa.Table
     encoder = image_encoder(config.images.encoder)
     if encoder is None:
         return hash_edges, EDGES.empty_table()
-    lowest = min(similarity(config), encoder.similarity - _STORED_SIMILARITY)
+    if encoder.similarity is None and config.images.encoder_similarity is None:
+        log.warning(
+            "%s: the cosine of its copies was never measured; %.2f is used, or set images.encoder_similarity",
+            config.images.encoder,
+            UNCALIBRATED,
+        )
+    lowest = min(similarity(config), (encoder.similarity or UNCALIBRATED) - _STORED_SIMILARITY)
     key = digest_of(["embedding-edges-1", inputs, lowest, version("faiss-cpu")])
     path = store.edges / "embedding.parquet"
     if not done(path, key):
