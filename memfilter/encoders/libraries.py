@@ -126,10 +126,16 @@ def _timm_recipe(
     fill = tuple(round(255 * m) for m in mean) if mode == "longest" else (0, 0, 0)
 
     def build() -> nn.Module:
-        # with its classifier, so that no weight may be missing; then without
-        model: Any = timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay={"file": str(file), "source": "", "hf_hub_id": None}
-        )
+        # of tensors that are read here, never by timm; with its classifier, so that no weight may be missing
+        overlay = {
+            "state_dict": weights.read(file),
+            "source": "",
+            "file": None,
+            "hf_hub_id": None,
+            "custom_load": False,
+        }
+        model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+        model.pretrained_cfg = model.default_cfg = {}  # they hold the tensors once more
         model.reset_classifier(0)
         return model  # type: ignore[no-any-return]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,15 @@ from ..errors import ModelError, in_one_line
 from ..images import Frame
 from . import weights
 
-_BATCH = {"cpu": 16, "cuda": 64}  # of one size always: a row's numbers are not to depend on its neighbours
+_BATCH = {"cpu": 8, "cuda": 64}  # of one size always: a row's numbers are not to depend on its neighbours
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How to make an encoder of a file of weights.
 
-    `settings` is all else that shapes the network, and goes into the identity.  `mean` and `std` are those of RGB from 0
-    to 1.  `build` returns the network with its weights, on the CPU: (N, 3, side, side) -> (N, dim), of any length.
+    `settings` is all else that shapes the network, and goes into the identity.  `mean` and `std` are those of RGB
+    from 0 to 1.  `build` returns the network with its weights, on the CPU: (N, 3, side, side) -> (N, dim).
     """
 
     kind: str
@@ -56,7 +56,7 @@ class Pretrained:
         self.weights = weights.digest(recipe.file)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = "float16" if self._device.type == "cuda" else "float32"
-        about = [recipe.settings, self.preprocessing, {name: version(name) for name in (*recipe.libraries, "torch")}]
+        about = [recipe.settings, self.preprocessing, [_version(name) for name in (*recipe.libraries, "torch")]]
         shape = f"{self.side}px-{self.frame.mode}-{self.frame.edge}-{self.frame.filter}"
         where = f"{self.dtype}-{self._device.type}"
         self.identity = f"{recipe.kind}/sha256-{self.weights}/{shape}/{where}/{digest_of(about)}"
@@ -120,6 +120,11 @@ class Pretrained:
         # Module's own signature takes no memory format
         placed: nn.Module = network.eval().requires_grad_(False).to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return placed
+
+
+@cache
+def _version(library: str) -> str:
+    return version(library)
 
 
 @contextmanager

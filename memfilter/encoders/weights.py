@@ -46,7 +46,7 @@ def check(path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a safetensors or PyTorch file by name; raises ModelError."""
+    """Return the tensors of a safetensors or PyTorch file by name, those of a checkpoint's model; raises ModelError."""
     import torch
     from safetensors.torch import load_file
 
@@ -57,6 +57,9 @@ def read(path: Path) -> dict[str, torch.Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # the readers raise what they like on damaged bytes
         raise ModelError(f"{path}: holds no weights that can be read ({in_one_line(e)[:200]})") from e
+    for part in ("state_dict", "model"):
+        if isinstance(tensors, dict) and isinstance(tensors.get(part), dict):
+            tensors = tensors[part]
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ModelError(f"{path}: holds a {type(tensors).__name__}, not tensors by name")
     return tensors
