@@ -4,7 +4,7 @@
     ├── ConfigError         the configuration or the command's arguments cannot be obeyed
     ├── InputError          no input, or inputs that contradict one another
     │   └── ShardError      one shard cannot be read to its end
-    ├── ModelError          the diffusion model cannot be loaded or gives no usable prediction
+    ├── ModelError          a model's weights cannot be had or loaded, or give no usable numbers
     ├── RunError            the run directory is in use, damaged or written by another version
     └── WorkerError         an item brought its worker down twice
 
@@ -36,7 +36,7 @@ class ShardError(InputError):
 
 
 class ModelError(MemfilterError):
-    """The diffusion model cannot be loaded or gives no usable prediction."""
+    """A model's weights cannot be had or loaded, or give no usable numbers."""
 
 
 class RunError(MemfilterError):

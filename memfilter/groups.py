@@ -1,4 +1,4 @@
-"""Signatures of all shards -> verified edges -> groups around keepers.  The only step that sees everything at once.
+"""Verified edges between the samples of all shards -> groups around keepers, of images and of captions.
 
 A group is a keeper and the samples with a verified edge to it.  Samples are visited in the order `images.keep`: one
 with an edge to earlier keepers joins the best-ranked of them, any other becomes a keeper.  So a chain A~B~C never joins
@@ -8,11 +8,7 @@ their edges are between equal looks.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,18 +17,12 @@ import pyarrow.compute as pc
 
 from .compiled import compiled
 from .config import JSON, Config, digest_of
-from .embedding_join import METHOD, embedding_join
-from .encoders import image_encoder
+from .edges import hashed, hashes_of, signatures_digest, words
 from .errors import InputError
-from .hash_join import hash_join
 from .keeping import rank_samples
 from .looks import join_looks
-from .records import EDGES, LOOK_SIDE, Groups, Ints, Samples, Shard
-from .store import Store, done, read_digest, read_table, replacing, write_table
-
-_STORED_RADIUS = 6  # edges are stored up to here, so that a smaller radius groups again without joining
-_STORED_PDQ_RADIUS = 31  # the widest that the configuration allows: its join is drawn for one radius
-_STORED_SIMILARITY = 0.05  # likewise, this far below the encoder's own threshold
+from .records import LOOK_SIDE, Groups, Ints, Samples, Shard, voids
+from .store import Store, done, read_table, write_table
 
 
 def load_samples(shards: list[Shard], store: Store, fields: tuple[str, ...] = ()) -> Samples:
@@ -47,7 +37,7 @@ def load_samples(shards: list[Shard], store: Store, fields: tuple[str, ...] = ()
     first = np.cumsum([0, *(len(p) for p in parts)])
     good = table["bad"].is_null().to_numpy()
     samples = Samples(shards, first, good, table)
-    uids = _void(table["uid"])[good]
+    uids = voids(table["uid"])[good]
     values, place, count = np.unique(uids, return_index=True, return_counts=True)
     if len(values) < len(uids):
         at = int(np.flatnonzero(good)[place[np.argmax(count)]])
@@ -57,106 +47,6 @@ def load_samples(shards: list[Shard], store: Store, fields: tuple[str, ...] = ()
             f"{count.max()} samples give; take input.uid_field away or make it unique"
         )
     return samples
-
-
-def signatures_digest(shards: list[Shard], store: Store) -> str:
-    """Return the digest of all signature parts, in the order of their names."""
-    return digest_of([[s.name, read_digest(store.signatures(s.name))] for s in shards])
-
-
-# -- edges ------------------------------------------------------------------------------------------------------------
-
-
-def similarity(config: Config) -> float:
-    """Return the cosine at which two images are copies: the configured one, or the encoder's own."""
-    encoder = image_encoder(config.images.encoder)
-    return config.images.encoder_similarity or (encoder.similarity if encoder else 1.0)
-
-
-def find_edges(samples: Samples, store: Store, config: Config) -> tuple[pa.Table, pa.Table]:
-    """Return hash edges and embedding edges between representative rows, joined now or by an earlier run.
-
-    A row represents those with its hash, or with its content digest; blank images have no such edges.  The note of the
-    embedding edges tells how complete they are.
-    """
-    inputs = signatures_digest(samples.shards, store)
-    compared = np.flatnonzero(samples.good & ~_flags(samples.table["blank"]))
-
-    widest = _STORED_PDQ_RADIUS if config.images.hash == "pdq" else _STORED_RADIUS
-    radius = max(config.images.hash_radius, widest)
-    key = digest_of(["hash-edges-2", inputs, radius])
-    path = store.edges / "hash.parquet"
-    if not done(path, key):
-        hashed = np.flatnonzero(_hashed(samples))
-        values, place = np.unique(_hashes(samples)[hashed], return_index=True)
-        write_table(path, _edges(hash_join(_words(values), radius, store.edges / "hash"), hashed[place]), key)
-    hash_edges = read_table(path)
-
-    encoder = image_encoder(config.images.encoder)
-    if encoder is None:
-        return hash_edges, EDGES.empty_table()
-    lowest = min(similarity(config), encoder.similarity - _STORED_SIMILARITY)
-    key = digest_of(["embedding-edges-2", inputs, lowest, METHOD])
-    path = store.edges / "embedding.parquet"
-    work = store.edges / f"embedding-{key}"  # what a killed join left there is its own
-    if not done(path, key):
-        _, place = np.unique(_void(samples.table["digest"])[compared], return_index=True)
-        rows = compared[np.sort(place)]
-        # k-means depends on the order of its rows, and this one on nothing but the samples
-        rows = rows[np.argsort(_void(samples.table["uid"])[rows], kind="stable")]
-        if not (work / "rows.npy").exists():
-            _write_embeddings(samples, store, rows, work / "rows.npy")
-        embeddings = np.load(work / "rows.npy", mmap_mode="r", allow_pickle=False)
-        join = embedding_join(embeddings, lowest, work)
-        note = {"rows": len(rows), "pairs": len(join.a), "cells": join.cells, "probes": join.probes}
-        edges = _edges((join.a, join.b, join.distance), rows)
-        write_table(path, edges, key, {**note, "recall": asdict(join.recall)})
-    for left_over in store.edges.glob("embedding-*"):
-        shutil.rmtree(left_over)
-    return hash_edges, read_table(path)
-
-
-def _hashed(samples: Samples) -> npt.NDArray[np.bool_]:
-    """Tell of which samples the hash is compared: blank images and those of low quality have none worth it."""
-    valid: npt.NDArray[np.bool_] = samples.table["hash"].is_valid().to_numpy()
-    return samples.good & ~_flags(samples.table["blank"]) & valid
-
-
-def _hashes(samples: Samples) -> npt.NDArray[np.void] | npt.NDArray[np.uint64]:
-    column = samples.table["hash"]
-    return column.fill_null(0).to_numpy() if column.type == pa.uint64() else _void(column)
-
-
-def _words(hashes: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
-    """Return the hashes as rows of 64-bit words."""
-    return hashes.view(np.uint64).reshape(len(hashes), hashes.itemsize // 8)
-
-
-def _write_embeddings(samples: Samples, store: Store, rows: Ints, path: Path) -> None:
-    """Write the embeddings of these rows, in their order, as one array of half precision."""
-    place = np.full(len(samples), -1, np.int64)
-    place[rows] = np.arange(len(rows))
-    found: np.memmap[Any, np.dtype[np.float16]] | None = None
-    with replacing(path) as temporary:
-        for shard, first in zip(samples.shards, samples.first, strict=False):
-            column = read_table(store.signatures(shard.name), ["embedding"])["embedding"].combine_chunks()
-            dim = column.type.list_size
-            if found is None:
-                found = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(rows), dim))
-            values = column.values.to_numpy(zero_copy_only=False).reshape(-1, dim)[
-                column.offset : column.offset + len(column)
-            ]
-            target = place[first : first + len(column)]
-            found[target[target >= 0]] = values[target >= 0]
-        if found is not None:
-            found.flush()
-
-
-def _edges(pairs: tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.float32]], rows: Ints) -> pa.Table:
-    a, b = rows[pairs[0]], rows[pairs[1]]
-    a, b = np.minimum(a, b), np.maximum(a, b)
-    order = np.lexsort((b, a))
-    return pa.table([a[order], b[order], pairs[2][order]], schema=EDGES)
 
 
 # -- captions ---------------------------------------------------------------------------------------------------------
@@ -196,7 +86,7 @@ def group(
     samples: Samples, edges: tuple[pa.Table, pa.Table], captions: pa.Table, caption: Ints, config: Config
 ) -> Groups:
     """Return the image and caption groups of all samples and their multiplicities."""
-    _, uid = np.unique(_void(samples.table["uid"]), return_inverse=True)
+    _, uid = np.unique(voids(samples.table["uid"]), return_inverse=True)
     rank = rank_samples(samples, uid, config.images.keep)
     keeper, method, distance = _image_groups(samples, rank, edges, config)
     caption_keeper = _caption_groups(samples, rank, captions, caption)
@@ -225,16 +115,16 @@ def _image_groups(
         return keeper, method, distance
     # contents and hashes are numbered by their best-ranked row, so that a smaller number is a better rank
     content = np.full(n, -1, np.int64)
-    content[rows] = _number(_void(samples.table["digest"])[rows])
+    content[rows] = _number(voids(samples.table["digest"])[rows])
     best = rows[np.unique(content[rows], return_index=True)[1]]
-    blank = _flags(samples.table["blank"])
-    hashed, hashes = _hashed(samples), _hashes(samples)
+    blank = samples.flags("blank")
+    is_hashed, hashes = hashed(samples), hashes_of(samples)
     hash_of = np.full(n, -1, np.int64)
-    compared = rows[hashed[rows]]
+    compared = rows[is_hashed[rows]]
     hash_of[compared] = _number(hashes[compared])
 
-    by_hash = _adjacent(_within(edges[0], config.images.hash_radius), hash_of, hash_of.max() + 1, mutual=True)
-    by_content = _adjacent(_within(edges[1], 1 - similarity(config) + 1e-7), content, len(best), mutual=False)
+    by_hash = _adjacent(edges[0], hash_of, hash_of.max() + 1, mutual=True)
+    by_content = _adjacent(edges[1], content, len(best), mutual=False)
     steps = len(best) + len(by_hash[1]) + len(by_content[1])
     joined = compiled(_visit, steps)(hash_of[best], *by_hash, *by_content)
     flat = np.flatnonzero(blank[best])
@@ -244,8 +134,8 @@ def _image_groups(
     copies = rows[keeper[rows] != rows]
     kept = keeper[copies]
     same = content[copies] == content[kept]
-    bits = np.bitwise_count(_words(hashes[copies]) ^ _words(hashes[kept])).sum(1)
-    by_bits = ~same & hashed[copies] & hashed[kept] & (bits <= config.images.hash_radius)
+    bits = np.bitwise_count(words(hashes[copies]) ^ words(hashes[kept])).sum(1)
+    by_bits = ~same & is_hashed[copies] & is_hashed[kept] & (bits <= config.images.hash_radius)
     method[copies] = np.where(same, 0, np.where(blank[copies], 3, np.where(by_bits, 1, 2)))
     distance[copies] = np.where(same, 0, bits)
     flat = copies[method[copies] == 3]
@@ -282,10 +172,6 @@ def _looks(samples: Samples, rows: Ints) -> npt.NDArray[np.int16]:
     """Return the looks of these blank samples, (N, 64) grey levels."""
     looks = b"".join(samples.table["look"].take(pa.array(rows)).to_pylist())
     return np.frombuffer(looks, np.uint8).reshape(-1, LOOK_SIDE**2).astype(np.int16)
-
-
-def _within(edges: pa.Table, distance: float) -> pa.Table:
-    return edges.filter(pc.less_equal(edges["distance"], pa.scalar(distance, pa.float32())))
 
 
 def _adjacent(edges: pa.Table, number: Ints, n: int, mutual: bool) -> tuple[Ints, Ints]:
@@ -336,7 +222,7 @@ def _caption_groups(samples: Samples, rank: Ints, captions: pa.Table, caption: I
     if not len(rows):
         return keeper
     use = np.bincount(caption[rows], minlength=len(captions))
-    _, number = np.unique(_void(samples.table["fingerprint"])[rows], return_inverse=True)
+    _, number = np.unique(voids(samples.table["fingerprint"])[rows], return_inverse=True)
     order = np.lexsort((rank[rows], caption[rows], -use[caption[rows]], number))
     first = np.unique(number[order], return_index=True)[1]
     keeper[rows] = rows[order[first]][number]
@@ -349,16 +235,3 @@ def _number(values: npt.NDArray[np.void] | npt.NDArray[np.uint64]) -> Ints:
     number = np.empty(len(first), np.int64)
     number[np.argsort(first)] = np.arange(len(first))
     return number[inverse]
-
-
-def _flags(column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
-    flags: npt.NDArray[np.bool_] = column.fill_null(False).to_numpy()
-    return flags
-
-
-def _void(column: pa.ChunkedArray) -> npt.NDArray[np.void]:
-    """Return a column of binaries of one width as numpy values that sort and compare as bytes do; nulls as zeros."""
-    width = column.type.byte_width
-    array = pc.fill_null(column, bytes(width)).combine_chunks()
-    array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
-    return np.frombuffer(array.buffers()[1], np.dtype(f"V{width}"), len(array), array.offset * width)

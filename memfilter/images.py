@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -49,19 +49,22 @@ class BadImage(Exception):
 class Decoded:
     """An image's own size in pixels, upright, and its pixels.
 
-    `pixels` is uint8: grey (H, W) of a fast decode, or RGB (H, W, 3) at full size.
+    `pixels` is uint8: grey (H, W) of a fast decode, or RGB (H, W, 3) at full size.  `colour` is uint8 RGB (H, W, 3),
+    None where it was not asked for.
     """
 
     width: int
     height: int
     pixels: npt.NDArray[np.uint8]
+    colour: npt.NDArray[np.uint8] | None = None
 
 
-def decode(data: bytes, full: bool, max_pixels: int, side: int = HASH_SIDE) -> Decoded:
+def decode(data: bytes, full: bool, max_pixels: int, side: int = HASH_SIDE, colour: int = 0) -> Decoded:
     """Return the image decoded to its end and turned upright; the header is checked before any pixel is decoded.
 
-    A fast decode has at least `side` pixels on the shorter side, or the image's own.  With `full`, the pixels are
-    those that imagededup itself would hash, but for the turn.  Raises BadImage.
+    A fast decode has at least `side` pixels on the shorter side, or the image's own; so have its RGB pixels with
+    `colour`, which leave the grey ones as they are without.  With `full`, the pixels are those that imagededup itself
+    would hash, but for the turn.  Raises BadImage.
     """
     if not data:
         raise BadImage("empty_image", "the image member has 0 bytes")
@@ -70,20 +73,23 @@ def decode(data: bytes, full: bool, max_pixels: int, side: int = HASH_SIDE) -> D
         raise BadImage("unreadable_image", f"the JPEG has more than {_MAX_SCANS} scans, each over all its pixels")
     if is_jpeg and not full:
         try:
-            return _decode_jpeg(data, max_pixels, side)
+            return _decode_jpeg(data, max_pixels, side, colour)
         except ValueError:  # Pillow is asked before an image is called unreadable
             pass
-    return _decode_with_pillow(data, full, max_pixels, side)
+    return _decode_with_pillow(data, full, max_pixels, side, colour)
 
 
-def _decode_jpeg(data: bytes, max_pixels: int, side: int) -> Decoded:
-    """Return a JPEG's grey pixels from the smallest scaled decode that is large enough; raises ValueError."""
+def _decode_jpeg(data: bytes, max_pixels: int, side: int, colour: int) -> Decoded:
+    """Return a JPEG's pixels from the smallest scaled decodes that are large enough; raises ValueError."""
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     if colours not in ("YCbCr", "Gray", "RGB"):
         raise ValueError(f"{colours} has no fast path to grey")
     _check_size(width, height, max_pixels)
     grey = simplejpeg.decode_jpeg(data, "GRAY", fastdct=True, fastupsample=True, min_height=side, min_width=side)
-    return _upright(width, height, grey[:, :, 0], _jpeg_orientation(data))
+    rgb = None
+    if colour:
+        rgb = simplejpeg.decode_jpeg(data, "RGB", fastdct=True, fastupsample=True, min_height=colour, min_width=colour)
+    return _upright(width, height, grey[:, :, 0], _jpeg_orientation(data), rgb)
 
 
 def _jpeg_orientation(data: bytes) -> object:
@@ -115,14 +121,29 @@ def _orientation(read: Callable[[], Image.Exif]) -> object:
         return None
 
 
-def _decode_with_pillow(data: bytes, full: bool, max_pixels: int, side: int) -> Decoded:
+def _decode_with_pillow(data: bytes, full: bool, max_pixels: int, side: int, colour: int) -> Decoded:
+    image, width, height = _load(data, max_pixels, None if full else ("L", side))
+    orientation = _orientation(image.getexif)  # only now: loading a TIFF turns it
+    if full:
+        pixels = np.asarray(_plain(image, "RGB"))
+        return _upright(width, height, pixels, orientation, pixels if colour else None)
+    rgb = None
+    if colour:
+        is_drafted = image.format == "JPEG"
+        whole = _load(data, max_pixels, ("RGB", colour))[0] if is_drafted else image
+        rgb = np.asarray(_plain(_in_8_bits(whole), "RGB"))
+    return _upright(width, height, np.asarray(_plain(_in_8_bits(image), "L")), orientation, rgb)
+
+
+def _load(data: bytes, max_pixels: int, draft: tuple[str, int] | None) -> tuple[Image.Image, int, int]:
+    """Return the decoded image, scaled down as far as `draft`, a mode and a side, allows, and its own size."""
     try:
         with _quiet_pillow():
             image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
             width, height = image.size
             _check_work(image, max_pixels)
-            if not full:
-                image.draft("L", (side, side))
+            if draft:
+                image.draft(draft[0], (draft[1], draft[1]))
             with _quiet_libtiff() if image.format == "TIFF" else nullcontext():
                 image.load()
     except (BadImage, MemoryError):  # that memory is short is no defect of the image
@@ -133,12 +154,18 @@ def _decode_with_pillow(data: bytes, full: bool, max_pixels: int, side: int) -> 
         raise BadImage("unreadable_image", "the bytes are of no image format that is read") from e
     except Exception as e:  # Pillow's decoders raise what they like on damaged bytes
         raise BadImage("unreadable_image", f"{type(e).__name__}: {e}"[:200]) from e
-    orientation = _orientation(image.getexif)  # only now: loading a TIFF turns it
-    if image.mode.startswith("I;16") and not full:
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode != "RGB" and not (image.mode == "L" and not full):
+    return image, width, height
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I;16") else image
+
+
+def _plain(image: Image.Image, mode: str) -> Image.Image:
+    """Return the image in a mode without transparency."""
+    if image.mode not in ("RGB", mode):
         image = image.convert("RGBA").convert("RGB")
-    return _upright(width, height, np.asarray(image if full else image.convert("L")), orientation)
+    return image.convert(mode)
 
 
 @contextmanager
@@ -170,13 +197,22 @@ def _quiet_libtiff() -> Iterator[None]:
         os.close(before)
 
 
-def _upright(width: int, height: int, pixels: npt.NDArray[np.uint8], orientation: object) -> Decoded:
+def _upright(
+    width: int,
+    height: int,
+    pixels: npt.NDArray[np.uint8],
+    orientation: object,
+    colour: npt.NDArray[np.uint8] | None,
+) -> Decoded:
     turn = _TURNS.get(orientation)
     if turn is None:
-        return Decoded(width, height, pixels)
+        return Decoded(width, height, pixels, colour)
     if orientation in (5, 6, 7, 8):
         width, height = height, width
-    return Decoded(width, height, np.asarray(Image.fromarray(pixels).transpose(turn)))
+    pixels = np.asarray(Image.fromarray(pixels).transpose(turn))
+    if colour is not None:
+        colour = np.asarray(Image.fromarray(colour).transpose(turn))
+    return Decoded(width, height, pixels, colour)
 
 
 _TURNS: dict[object, Image.Transpose] = {
@@ -240,6 +276,52 @@ def thumbnail(pixels: npt.NDArray[np.uint8], side: int = THUMBNAIL_SIDE) -> npt.
     small = image.resize((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
     small = small if mode == "L" else small.convert("L")
     return np.frombuffer(small.tobytes(), np.uint8).reshape(side, side)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How an RGB image is brought to the square that a network takes: one resize, then its middle.
+
+    Both edges are resized to `edge` pixels ("squash"), or the shorter or the longer one with the other in proportion.
+    What is larger than the square is cut, what is smaller gets a border of the colour `fill`.
+    """
+
+    edge: int
+    mode: Literal["squash", "shortest", "longest"] = "squash"
+    filter: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = "bicubic"
+    fill: tuple[int, int, int] = (0, 0, 0)
+
+
+_MAX_ELONGATION = 8  # of an image of which the middle alone is wanted
+
+
+def framed(pixels: npt.NDArray[np.uint8], side: int, frame: Frame) -> npt.NDArray[np.uint8]:
+    """Return RGB pixels as RGB (side, side, 3)."""
+    image = Image.fromarray(pixels)
+    if frame.mode == "shortest" and max(image.size) > _MAX_ELONGATION * min(image.size):
+        reach = _MAX_ELONGATION * min(image.size)  # resized whole, a line of pixels could take all memory
+        image = _middle(image, min(image.width, reach), min(image.height, reach), frame.fill)
+    width, height = image.size
+    if frame.mode == "squash":
+        size = (frame.edge, frame.edge)
+    elif frame.mode == "shortest":
+        shorter = min(width, height)
+        size = (int(frame.edge * width / shorter), int(frame.edge * height / shorter))
+    else:
+        ratio = max(width, height) / frame.edge
+        size = (max(round(width / ratio), 1), max(round(height / ratio), 1))
+    image = image.resize(size, Image.Resampling[frame.filter.upper()])
+    return np.asarray(_middle(image, side, side, frame.fill))
+
+
+def _middle(image: Image.Image, width: int, height: int, fill: tuple[int, int, int]) -> Image.Image:
+    if image.size == (width, height):
+        return image
+    spare = (width - image.width, height - image.height)
+    left, top = (pad // 2 if pad > 0 else -round(-pad / 2) for pad in spare)
+    canvas = Image.new("RGB", (width, height), fill)
+    canvas.paste(image, (left, top))
+    return canvas
 
 
 def are_blank(small: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:

@@ -16,8 +16,10 @@ from . import executors, manifest, sink
 from .config import Config, Input, digest_of
 from .decisions import decide
 from .denoisers import ModelFiles, find_model
+from .edges import find_edges, similarity
+from .encoders import described, image_encoder, public_name
 from .errors import ConfigError, RunError
-from .groups import distinct_captions, find_edges, group, load_samples
+from .groups import distinct_captions, group, load_samples
 from .magnitude import check_threshold, score_captions, threshold
 from .manifest import Manifest
 from .records import ACTIONS, MASK, Decisions, Samples, Scores, Shard
@@ -41,6 +43,7 @@ def run(patterns: list[str], out: str | Path, config: Config | None = None, work
     _refuse_nesting(patterns, shards, store.path)
     check_threshold(config)
     check_hash(config)
+    image_encoder(config.images.encoder)  # one that cannot be had is told before anything is written
     model = find_model(config.magnitude.model) if config.magnitude.model else None
     with store.locked():
         _forget_changed(shards, stored, store)
@@ -185,6 +188,7 @@ def _about(
 ) -> dict[str, Any]:
     dump = config.model_dump(mode="json")
     dump["input"]["root"] = None  # where the data lies is no part of the result
+    dump["images"]["encoder"] = public_name(config.images.encoder)
     dump["magnitude"]["model"] = scores and scores.info["model"]
     if isinstance(dump["magnitude"]["threshold"], dict) and "reference" in dump["magnitude"]["threshold"]:
         dump["magnitude"]["threshold"]["reference"] = Path(dump["magnitude"]["threshold"]["reference"]).name
@@ -200,11 +204,13 @@ def _about(
         if "digest" in note:
             entry["digest"] = note["digest"]
         shards.append(entry)
+    encoder = image_encoder(config.images.encoder)
     return {
         "config": dump,
         "config_digests": {name: digest_of(keys) for name, keys in dump.items()},
         "versions": {"memfilter": version("memfilter"), **versions(config.images.hash)},
         "embedding_join": read_note(store.edges / "embedding.parquet") if config.images.encoder else None,
+        "encoder": encoder and described(encoder, similarity(config)),
         "magnitude": scores and scores.info,
         "threshold": limit,
         "shards": shards,

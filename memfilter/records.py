@@ -141,10 +141,28 @@ class Samples:
     def __len__(self) -> int:
         return len(self.good)
 
+    @property
+    def compared(self) -> npt.NDArray[np.bool_]:
+        """Tell which are compared by hash and embedding: the good ones with enough structure."""
+        return self.good & ~self.flags("blank")
+
+    def flags(self, name: str) -> npt.NDArray[np.bool_]:
+        """Return a column of flags, False for null."""
+        flags: npt.NDArray[np.bool_] = self.table[name].fill_null(False).to_numpy()
+        return flags
+
     def ints(self, name: str) -> Ints:
         """Return a column as int64, 0 for null."""
         column: Ints = pc.fill_null(self.table[name], 0).to_numpy().astype(np.int64)
         return column
+
+
+def voids(column: pa.ChunkedArray) -> npt.NDArray[np.void]:
+    """Return a column of fixed-size binaries as numpy values that sort and compare as bytes do; nulls as zeros."""
+    array = pc.fill_null(column, bytes(column.type.byte_width)).combine_chunks()
+    array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
+    width = array.type.byte_width
+    return np.frombuffer(array.buffers()[1], np.dtype(f"V{width}"), len(array), array.offset * width)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,6 @@ _CONFIG_KEYS = (
     "input.max_bytes",
     "images.hash",
     "images.decode",
-    "images.encoder",
 )
 _LIBRARIES = ("imagededup", "numpy", "pillow", "pywavelets", "scipy", "simplejpeg")
 
@@ -229,11 +228,13 @@ class Signer:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.full = config.images.decode == "full"
-        self.hasher = None if config.images.hash == "pdq" else hasher(config.images.hash)
+        self.hasher: Any = None if config.images.hash == "pdq" else hasher(config.images.hash)
         self.encoder = image_encoder(config.images.encoder)
-        # an encoder's input is filtered down from twice its size
-        side = images.HASH_SIDE if self.hasher else images.PDQ_SIDE
-        self.side = max(side, 2 * self.encoder.side if self.encoder else 0)
+        self.side, self.colour = images.HASH_SIDE if self.hasher else images.PDQ_SIDE, 0
+        if self.encoder and self.encoder.frame:
+            self.colour = self.encoder.frame.edge
+        elif self.encoder:  # its input is filtered down from twice its size
+            self.side = max(self.side, 2 * self.encoder.side)
         dim = self.encoder.dim if self.encoder else 0
         self.schema = signature_schema(dim, config.images.hash, config.images.json_fields)
 
@@ -312,7 +313,7 @@ class Signer:
         return key, row
 
     def _image(self, data: bytes) -> dict[str, Any]:
-        decoded = images.decode(data, self.full, self.config.input.max_pixels, self.side)
+        decoded = images.decode(data, self.full, self.config.input.max_pixels, self.side, self.colour)
         small = images.thumbnail(decoded.pixels)
         row = {
             "digest": hashlib.sha256(data).digest()[:16],
@@ -328,7 +329,9 @@ class Signer:
             from imagededup.utils.image_utils import preprocess_image
 
             row["hashed"] = preprocess_image(decoded.pixels, self.hasher.target_size, grayscale=True)
-        if self.encoder:
+        if self.encoder and self.encoder.frame and decoded.colour is not None:
+            row["square"] = images.framed(decoded.colour, self.encoder.side, self.encoder.frame)
+        elif self.encoder:
             same = self.encoder.side == len(small)
             row["square"] = small if same else images.thumbnail(decoded.pixels, self.encoder.side)
         return row

@@ -22,6 +22,7 @@ class Builtin:
     """Edited copies of a photo, mirrored ones too, have a high cosine; see the model card beside the weights."""
 
     side = 64
+    frame = None
     dim = 256
     similarity = 0.75
     gain = 0.35

@@ -59,12 +59,12 @@ def load(path: Path) -> Descriptor:
     network = Descriptor()
     weights = {name: value.float() for name, value in load_file(path).items()}
     network.load_state_dict(weights, strict=False)  # all but the counters of batches, which training alone uses
-    return network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return network.eval().to(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
 def encode(network: Descriptor, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Return the mean directions of grey (N, 64, 64) images and their mirror images, (N, 256) float32 of unit length."""
+    """Return (N, 256) float32 rows of unit length: the mean directions of grey images and their mirror images."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # shards are what runs side by side
     try:
