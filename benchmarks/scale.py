@@ -24,7 +24,8 @@ from environment import write_result
 from memfilter import Config, manifest
 from memfilter.captions import fingerprint
 from memfilter.decisions import decide
-from memfilter.groups import distinct_captions, find_edges, group, load_samples
+from memfilter.edges import find_edges
+from memfilter.groups import distinct_captions, group, load_samples
 from memfilter.records import THUMBNAIL_SIDE, Shard, signature_schema
 from memfilter.store import Store, write_table
 

@@ -19,13 +19,15 @@ from hypothesis import strategies as st
 from memfilter.captions import fingerprint
 from memfilter.compiled import compiled
 from memfilter.config import KEEP, Config, NamedOrder
+from memfilter.edges import find_edges
+from memfilter.encoders.builtin import Builtin
 from memfilter.errors import InputError
-from memfilter.groups import _visit, caption_rows, distinct_captions, find_edges, group, load_samples
+from memfilter.groups import _visit, caption_rows, distinct_captions, group, load_samples
 from memfilter.records import METHODS, Groups, Samples, Shard, signature_schema
 from memfilter.store import Store, read_note, write_table
 
 DIM = 2
-SIMILARITY = 0.95  # the built-in encoder's own: 18.2 degrees
+SIMILARITY = Builtin.similarity
 
 
 @dataclass(frozen=True)

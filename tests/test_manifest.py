@@ -126,7 +126,8 @@ def scored(tmp_path: Path) -> Manifest:
     from memfilter import manifest as manifests
     from memfilter import pipeline
     from memfilter.decisions import decide
-    from memfilter.groups import distinct_captions, find_edges, group, load_samples
+    from memfilter.edges import find_edges
+    from memfilter.groups import distinct_captions, group, load_samples
     from memfilter.records import Scores
     from memfilter.store import Store
     from memfilter.summary import statistics
