@@ -115,7 +115,7 @@ def _draw(n: int, radius: int) -> tuple[int, int]:
         return 1 if missed <= 0 else ceil(log(1 - _RECALL) / log(missed))
 
     def cost(bits: int) -> float:
-        return float(shuffles(bits) * (256 // bits) * (_PARTITION * n + n * n / 2 ** (bits + 1)))
+        return shuffles(bits) * (256 // bits) * (_PARTITION * n + n * n / float(2 << bits))
 
     best = min(range(8, 33), key=cost)
     return best, shuffles(best)

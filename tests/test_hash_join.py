@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import encoded, picture, sample, write_tar
+from conftest import encoded, sample, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
@@ -36,7 +36,7 @@ def random_hashes(random: np.random.Generator, n: int) -> Hashes:
 
 def flip(random: np.random.Generator, hashes: Hashes, bits: int) -> Hashes:
     """Return the hashes, of one word or four, with exactly this many bits flipped."""
-    rows = hashes.reshape(len(hashes), -1)
+    rows = hashes.reshape(len(hashes), 1 if hashes.ndim == 1 else hashes.shape[1])
     places = np.argsort(random.random((len(rows), 64 * rows.shape[1])), axis=1)[:, :bits]
     flips = np.zeros_like(rows)
     for place in places.T:
@@ -64,13 +64,15 @@ def half_crowded_hashes(random: np.random.Generator, n: int) -> Hashes:
     return random.permutation(np.unique(np.concatenate([alike, random_hashes(random, n - n // 2)])))
 
 
-def brute_join(hashes: Hashes, radius: int) -> Triples:
-    found = []
+def brute_join(hashes: Hashes, radius: int) -> Pairs:
+    found = [(np.empty(0, np.int64),) * 3]
     for a, row in enumerate(hashes):
-        bits = np.bitwise_count(row ^ hashes[a + 1 :]).astype(int)
+        bits = np.bitwise_count(row ^ hashes[a + 1 :]).astype(np.int64)
         bits = bits.sum(1) if bits.ndim == 2 else bits
-        found += [(a, int(a + 1 + i), float(bits[i])) for i in np.flatnonzero(bits <= radius)]
-    return found
+        near = np.flatnonzero(bits <= radius)
+        found.append((np.full(len(near), a), near + a + 1, bits[near]))
+    one, other, distance = (np.concatenate(column) for column in zip(*found, strict=True))
+    return one, other, distance.astype(np.float32)
 
 
 def triples(pairs: Pairs) -> Triples:
@@ -91,7 +93,7 @@ KINDS = {
 }
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     n=st.sampled_from([0, 1, 2, 3, 17, 130, 700, 1500]),
@@ -101,17 +103,15 @@ KINDS = {
 def test_the_pairs_are_exactly_those_of_brute_force_in_order(kind: str, n: int, radius: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     hashes = random.permutation(KINDS[kind](random, n))
-    found = hash_join(hashes, radius)
-    assert triples(found) == brute_join(hashes, radius)
-    assert [column.dtype for column in found] == [np.int64, np.int64, np.float32]
+    assert_equal(hash_join(hashes, radius), brute_join(hashes, radius))
 
 
 @pytest.mark.parametrize("radius", [1, 4, 8])
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_no_pair_is_missed_where_buckets_are_divided_again(kind: str, radius: int) -> None:
     random = np.random.default_rng(radius)
-    hashes = KINDS[kind](random, 9_000)
-    assert triples(hash_join(hashes, radius)) == brute_join(hashes, radius)
+    hashes = KINDS[kind](random, 6_000)
+    assert_equal(hash_join(hashes, radius), brute_join(hashes, radius))
 
 
 @settings(max_examples=60, deadline=None)
@@ -121,7 +121,7 @@ def test_no_pair_is_missed_where_buckets_are_divided_again(kind: str, radius: in
 )
 def test_arbitrary_and_extreme_hashes_are_joined(hashes: set[int], radius: int) -> None:
     values = np.array(list(hashes), np.uint64)
-    assert triples(hash_join(values, radius)) == brute_join(values, radius)
+    assert_equal(hash_join(values, radius), brute_join(values, radius))
 
 
 @pytest.mark.parametrize("radius", [0, 1, 3, 4, 6, 8, 10])
@@ -165,7 +165,7 @@ def planted_256(random: np.random.Generator, n: int, each: int, distances: range
 @given(n=st.sampled_from([0, 1, 2, 60, 300]), radius=st.integers(0, 31), seed=st.integers(0, 2**32))
 def test_few_hashes_of_256_bits_are_joined_exactly(n: int, radius: int, seed: int) -> None:
     rows = planted_256(np.random.default_rng(seed), n, n // 10, range(1, 34, 4))
-    assert triples(hash_join(rows, radius)) == brute_join(rows, radius)
+    assert_equal(hash_join(rows, radius), brute_join(rows, radius))
 
 
 def test_planted_pairs_of_256_bits_are_found_as_often_as_recall_says_and_all_are_verified() -> None:
@@ -206,10 +206,9 @@ def test_a_heavy_bucket_of_256_bits_holds_every_pair() -> None:
     rows = random.integers(0, 2**64, (24_000, 4), np.uint64)
     rows[:6_000, :3] = rows[0, :3]  # one bucket under three keys of four
     rows[:6_000, 3] = random.permutation(1 << 16)[:6_000].astype(np.uint64)
-    a, b, _ = hash_join(rows, 4)
-    crowd = brute_join(rows[:6_000, 3], 4)
-    assert len(a) == len(crowd) > 1000
-    assert list(zip(a.tolist(), b.tolist(), strict=True)) == [(a, b) for a, b, _ in crowd]
+    crowd = brute_join(rows[:6_000], 4)
+    assert len(crowd[0]) > 1000
+    assert_equal(hash_join(rows, 4), crowd)
 
 
 # -- interrupted, and out of core -------------------------------------------------------------------------------------
@@ -271,11 +270,17 @@ def test_a_table_beyond_the_memory_lies_in_a_file_and_gives_the_same_pairs(words
 PDQ = Config.parse({"images": {"hash": "pdq", "encoder": None}})
 
 
+def detailed(seed: int) -> Image.Image:
+    """Return a picture with structure at all the frequencies that PDQ looks at, as photos have."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (24, 30, 3), np.uint8)
+    return Image.fromarray(coarse).resize((400, 320), Image.Resampling.BICUBIC)
+
+
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two shards: 30 pictures, and copies of the first four; in the second also pictures without detail."""
     folder = tmp_path_factory.mktemp("copies")
-    images = [picture(i, 400, 320) for i in range(30)]
+    images = [detailed(i) for i in range(30)]
     copied = {
         "exact": encoded(images[0]),
         "quality": encoded(images[1], quality=30),
@@ -322,7 +327,7 @@ def test_rethreshold_of_pdq_to_another_radius_equals_a_fresh_run(radius: int, co
 def test_pdq_of_a_full_decode_is_that_of_its_package(copies: Path) -> None:
     import pdqhash
 
-    data = encoded(picture(1, 400, 320))
+    data = encoded(detailed(1))
     pixels = decode(data, True, 10**9).pixels
     bits, quality = pdqhash.compute(pixels)
     assert quality > 49
