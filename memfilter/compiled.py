@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import ParamSpec, TypeVar
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _WORTH = 100_000  # steps that take as long as importing numba and compiling
 

@@ -67,7 +67,8 @@ def _column(samples: Samples, uid: Ints, key: str | NamedOrder) -> npt.NDArray[A
         return -sign * samples.ints("width") * samples.ints("height")
     if name == "bytes":
         return -sign * samples.ints("bytes")
-    return -sign * pc.fill_null(pc.utf8_length(samples.table["caption"]), 0).to_numpy().astype(np.int64)
+    lengths: Ints = pc.fill_null(pc.utf8_length(samples.table["caption"]), 0).to_numpy().astype(np.int64)
+    return -sign * lengths
 
 
 def _named(samples: Samples, key: NamedOrder) -> Ints:
