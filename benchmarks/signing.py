@@ -3,9 +3,9 @@
     python benchmarks/signing.py ../shared/data/photos ../shared/data/tiny --json benchmarks/results/signing.json
 
 For each folder, in turn: simplejpeg's scaled grey decode alone, at the least size that a hash needs; our decode and
-hash (header checks, turn, thumbnail, perceptual hash in batches of 256); the same with the content digest and the blankness;
-and `sign`, which also reads the tar, its captions and jsons, and writes the table.  Seconds are those of the process's
-own CPU time; quoted are medians over the rounds, of ratios within a round.  It takes about a minute.
+hash (header checks, turn, thumbnail, perceptual hash in batches of 256); the same with content digest and blankness;
+and `sign`, which also reads the tar, its captions and jsons, and writes the table.  Seconds are those of the CPU time
+of the process; quoted are medians over the rounds, of ratios within a round.  It takes about a minute.
 """
 
 from __future__ import annotations
