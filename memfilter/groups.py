@@ -92,10 +92,8 @@ def group(
     caption_keeper = _caption_groups(samples, rank, captions, caption)
     image_count = np.bincount(keeper, minlength=len(samples))[keeper]
     caption_count = np.bincount(caption_keeper, minlength=len(samples))[caption_keeper]
-    _, joint, count = np.unique(np.stack([keeper, caption_keeper]), axis=1, return_inverse=True, return_counts=True)
-    return Groups(
-        rank, keeper, method, distance, caption_keeper, caption, image_count, caption_count, count[joint.ravel()]
-    )
+    _, joint, count = np.unique(keeper * len(samples) + caption_keeper, return_inverse=True, return_counts=True)
+    return Groups(rank, keeper, method, distance, caption_keeper, caption, image_count, caption_count, count[joint])
 
 
 def _image_groups(

@@ -46,7 +46,8 @@ def join_by_tree(looks: Looks) -> Ints:
     values = _values(looks)
     steps = values.size
     tree = compiled(_split, steps)(values, ALIKE, _LEAF, _PRUNED)
-    return compiled(_join, steps)(values, looks.shape[1], ALIKE, *tree)
+    joined: Ints = compiled(_join, steps)(values, looks.shape[1], ALIKE, *tree)
+    return joined
 
 
 def _values(looks: Looks) -> Looks:
