@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 from copy_report import markdown, plot
 from copy_set import CopySet, ImageSet, copy_set, distractor_set
-from detectors import METHODS, SPARSE, Signed, combined, fastdup, identity, sign
+from detectors import METHODS, SPARSE, Signed, combined, fastdup, signature_file, signatures
 from environment import write_result
 from scoring import (
     Edges,
@@ -63,12 +62,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Bench:
-    """Both sets of images, the natural duplicates among the distractors, and where signatures are kept."""
+    """Both sets of images, the natural duplicates among the distractors, and where fastdup is."""
 
     copies: CopySet
     distractors: ImageSet
     duplicates: Pairs
-    cache: Path
     fastdup: Path | None
 
 
@@ -87,9 +85,8 @@ def main() -> None:
     arguments.add_argument("--json", type=Path)
     given = arguments.parse_args()
     logging.disable(logging.INFO)
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     images = distractor_set(given.distractors, given.cache)
-    bench = Bench(copy_set(given.photos, given.cache), images, natural_duplicates(images), given.cache, given.fastdup)
+    bench = Bench(copy_set(given.photos, given.cache), images, natural_duplicates(images), given.fastdup)
     forget(bench, given.methods)
     result = measure(bench)
     write_result(result, given.json)
@@ -108,17 +105,16 @@ def natural_duplicates(images: ImageSet) -> Pairs:
 
 def measure(bench: Bench) -> dict[str, Any]:
     found, versions = {}, {}
+    sets = (bench.copies.images, bench.distractors)
     for name in METHODS:
         if METHODS[name].signature != "fastdup":
-            found[name] = _dense(bench, name, *_signatures(bench, METHODS[name].signature))
+            found[name] = _dense(bench, name, *(signatures(s, METHODS[name].signature) for s in sets))
     if bench.fastdup:
-        parts = [
-            fastdup(s, bench.fastdup, _file(bench, s, "fastdup")) for s in (bench.copies.images, bench.distractors)
-        ]
+        parts = [fastdup(s, bench.fastdup) for s in sets]
         found["fastdup"] = _dense(bench, "fastdup", parts[0][0], parts[1][0])
         found["fastdup_own_edges"] = _sparse(bench, parts[0][1], parts[1][1], 0.9, parts[0][0].milliseconds)
         versions = {"fastdup": parts[0][2]}
-    pairs = [_combined(bench, s) for s in (bench.copies.images, bench.distractors)]
+    pairs = [_combined(s) for s in sets]
     found["memfilter"] = _sparse(bench, pairs[0][0], pairs[1][0], 1.0, pairs[0][1])
     n = len(bench.distractors.files)
     return {
@@ -134,13 +130,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     }
 
 
-# -- signatures, kept in the cache ------------------------------------------------------------------------------------
-
-
-def _file(bench: Bench, image_set: ImageSet, signature: str) -> Path:
-    folder = image_set.folder / "signatures"
-    folder.mkdir(exist_ok=True)
-    return folder / f"{identity(signature)}.npz"
+# -- the cache --------------------------------------------------------------------------------------------------------
 
 
 def forget(bench: Bench, methods: list[str]) -> None:
@@ -148,24 +138,11 @@ def forget(bench: Bench, methods: list[str]) -> None:
     for method in methods:
         signature = METHODS[method].signature if method in METHODS else method.removesuffix("_own_edges")
         for image_set in (bench.copies.images, bench.distractors):
-            _file(bench, image_set, signature).unlink(missing_ok=True)
+            signature_file(image_set, signature).unlink(missing_ok=True)
 
 
-def _signatures(bench: Bench, signature: str) -> tuple[Signed, Signed]:
-    both = []
-    for image_set in (bench.copies.images, bench.distractors):
-        if not _file(bench, image_set, signature).exists():
-            wanted = {m.signature for m in METHODS.values() if m.signature != "fastdup"}
-            missing = sorted(s for s in wanted if not _file(bench, image_set, s).exists())
-            for name, signed in sign(image_set, missing).items():
-                np.savez(_file(bench, image_set, name), **asdict(signed))
-        stored = np.load(_file(bench, image_set, signature))
-        both.append(Signed(stored["rows"], float(stored["milliseconds"]), float(stored["decode"])))
-    return both[0], both[1]
-
-
-def _combined(bench: Bench, image_set: ImageSet) -> tuple[Edges, float]:
-    path = _file(bench, image_set, "memfilter")
+def _combined(image_set: ImageSet) -> tuple[Edges, float]:
+    path = signature_file(image_set, "memfilter")
     if not path.exists():
         edges, milliseconds = combined(image_set.tars)
         np.savez(path, **asdict(edges), milliseconds=milliseconds)

@@ -1,6 +1,7 @@
 """The images of the copy-detection benchmark, as files and as tars: originals with their copies, and distractors.
 
-Both are written once to a cache folder.  That of the copies is named by the code that makes them.
+Both are written once to a cache folder.  Each is named by its photos, that of the copies also by the code that edits
+them.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ class CopySet:
 def copy_set(shards: list[Path], cache: Path) -> CopySet:
     """Return the photos of these shards and all their copies, made where the cache lacks them."""
     here = Path(__file__).parent
-    code = b"".join((here / name).read_bytes() for name in ("edits.py", "transformations.py"))
-    folder = cache / f"copies-{zlib.crc32(code):08x}"
-    (folder / "files").mkdir(parents=True, exist_ok=True)
     photos = {f"{shard.parent.name}-{key}": data for shard in shards for key, data in _members(shard)}
+    code = [(here / name).read_bytes() for name in ("edits.py", "transformations.py")]
+    folder = cache / f"copies-{zlib.crc32(b''.join([*code, *photos.values()])):08x}"
+    (folder / "files").mkdir(parents=True, exist_ok=True)
     names = list(photos)
     originals = [(f"{name}.jpg", photos[name]) for name in names]
     files, tars = [folder / "files" / name for name, _ in originals], [folder / "tars" / "00000.tar"]
@@ -73,14 +74,13 @@ def copy_set(shards: list[Path], cache: Path) -> CopySet:
 
 def distractor_set(shards: list[Path], cache: Path) -> ImageSet:
     """Return the images of these shards; the tars are the shards themselves."""
-    folder = cache / "distractors"
+    members = [member for shard in shards for member in _members(shard)]
+    folder = cache / f"distractors-{zlib.crc32(b''.join(data for _, data in members)):08x}"
     (folder / "files").mkdir(parents=True, exist_ok=True)
-    files = []
-    for shard in shards:
-        for key, data in _members(shard):
-            files.append(folder / "files" / f"{key}.jpg")
-            if not files[-1].exists():
-                files[-1].write_bytes(data)
+    files = [folder / "files" / f"{key}.jpg" for key, _ in members]
+    for file, (_, data) in zip(files, members, strict=True):
+        if not file.exists():
+            file.write_bytes(data)
     return ImageSet(folder, files, shards)
 
 

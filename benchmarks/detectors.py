@@ -12,8 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Signed:
-    """A signature of each image, and the milliseconds an image took, of which `decode` in reading its pixels."""
+    """A signature of each image, and the milliseconds of one core an image took, of which `decode` in its pixels."""
 
     rows: Rows
     milliseconds: float
@@ -58,6 +57,26 @@ class Method:
 # -- signatures -------------------------------------------------------------------------------------------------------
 
 
+def signatures(image_set: ImageSet, name: str) -> Signed:
+    """Return a signature of all images of a set, from its cache, which is filled with all that it lacks."""
+    if not signature_file(image_set, name).exists():
+        wanted = {method.signature for method in METHODS.values()} - {"fastdup"}
+        missing = sorted(other for other in wanted if not signature_file(image_set, other).exists())
+        for other, signed in sign(image_set, missing).items():
+            np.savez(signature_file(image_set, other), **asdict(signed))
+    stored = np.load(signature_file(image_set, name))
+    return Signed(stored["rows"], float(stored["milliseconds"]), float(stored["decode"]))
+
+
+def signature_file(image_set: ImageSet, name: str) -> Path:
+    """Return where a signature of a set's images is kept."""
+    encoder = image_encoder("builtin")
+    assert encoder
+    folder = image_set.folder / "signatures"
+    folder.mkdir(exist_ok=True)
+    return folder / f"{encoder.identity.replace('/', '-') if name == 'builtin' else name}.npz"
+
+
 def sign(image_set: ImageSet, names: list[str]) -> dict[str, Signed]:
     """Return these signatures of all images of a set, each file read and decoded to RGB once for all the peers."""
     peers: dict[str, Callable[[Rows], Rows]] = {name: _peer(name) for name in names if name != "builtin"}
@@ -65,20 +84,20 @@ def sign(image_set: ImageSet, names: list[str]) -> dict[str, Signed]:
     spent = dict.fromkeys([*peers, "decode"], 0.0)
     for file in image_set.files if peers else ():
         data = file.read_bytes()
-        started = time.perf_counter()
+        started = time.process_time()
         # as imagededup decodes, to the same pixels
         opened = Image.open(io.BytesIO(data))
         pixels = np.asarray(opened if opened.mode == "RGB" else opened.convert("RGBA").convert("RGB"))
-        spent["decode"] += time.perf_counter() - started
+        spent["decode"] += time.process_time() - started
         for name, encode in peers.items():
-            started = time.perf_counter()
+            started = time.process_time()
             rows[name].append(encode(pixels))
-            spent[name] += time.perf_counter() - started
+            spent[name] += time.process_time() - started
     each = 1000 / len(image_set.files)
     decode = spent["decode"] * each
     signed = {name: Signed(np.stack(rows[name]), spent[name] * each + decode, decode) for name in peers}
     if "builtin" in names:
-        signed["builtin"] = _sign_builtin(image_set.files)
+        signed["builtin"] = embed("builtin", image_set.files)
     return signed
 
 
@@ -96,34 +115,27 @@ def _words(bits: Rows) -> Rows:
     return np.packbits(bits.astype(bool)).view(np.uint64)
 
 
-def _sign_builtin(files: list[Path]) -> Signed:
-    """Feed the built-in encoder as `memfilter.signatures` does."""
-    encoder = image_encoder("builtin")
+def embed(spec: str, files: list[Path]) -> Signed:
+    """Return the embeddings of image files by the encoder of this spec, fed as `memfilter.signatures` feeds it."""
+    encoder = image_encoder(spec)
     assert encoder
     side = max(images.HASH_SIDE, 2 * encoder.side)
     decode = encode = 0.0
     embeddings = []
     for start in range(0, len(files), _BATCH):
         held = [file.read_bytes() for file in files[start : start + _BATCH]]
-        started = time.perf_counter()
+        started = time.process_time()
         decoded = [images.decode(data, False, _MAX_PIXELS, side).pixels for data in held]
-        between = time.perf_counter()
+        between = time.process_time()
         embeddings.append(encoder.encode(np.stack([images.thumbnail(pixels, encoder.side) for pixels in decoded])))
-        decode, encode = decode + between - started, encode + time.perf_counter() - between
+        decode, encode = decode + between - started, encode + time.process_time() - between
     each = 1000 / len(files)
     return Signed(np.concatenate(embeddings), (decode + encode) * each, decode * each)
 
 
-@cache
-def identity(signature: str) -> str:
-    """Return what shapes a signature's numbers, for the name of its file."""
-    encoder = image_encoder("builtin")
-    assert encoder
-    return encoder.identity.replace("/", "-") if signature == "builtin" else signature
-
-
-def fastdup(image_set: ImageSet, python: Path, out: Path) -> tuple[Signed, Edges, str]:
+def fastdup(image_set: ImageSet, python: Path) -> tuple[Signed, Edges, str]:
     """Return fastdup's features, the pairs that it reports itself, and its version; it runs in its own environment."""
+    out = signature_file(image_set, "fastdup")
     if not out.exists():
         script = Path(__file__).with_name("fastdup_edges.py")
         command = [str(python), str(script), str(image_set.folder / "files"), str(out)]
@@ -205,9 +217,9 @@ def combined(tars: list[Path]) -> tuple[Edges, float]:
     """
     config = Config.parse({"output": {"shards": False}})
     with tempfile.TemporaryDirectory() as work:
-        started = time.perf_counter()
+        started = time.process_time()
         pipeline.run([str(tar) for tar in tars], work, config, workers=1)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         samples = load_samples(find_shards([str(tar) for tar in tars])[0], Store(work))
         by_hash, by_embedding = find_edges(samples, Store(work), config)
     compared = samples.good & ~samples.table["blank"].fill_null(True).to_numpy()

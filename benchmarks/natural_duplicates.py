@@ -3,8 +3,9 @@
     python benchmarks/natural_duplicates.py ../shared/data/unlabelled/0000{2,3}.tar --out SHEETS
 
 Pairs are proposed by pHash and PDQ (also mirrored), by the cosine of the built-in encoder, and by the correlation of
-colour thumbnails, whole and of crops, also mirrored.  SHEETS/candidates.csv numbers them as the sheets do, those that
-most methods propose first.  Those that show one picture twice are then listed by hand in natural_duplicates.csv.
+the details of thumbnails, whole and of crops, also mirrored.  SHEETS/candidates.csv numbers them as the sheets do,
+those that most methods propose first.  Those that show one picture twice are then listed by hand in
+natural_duplicates.csv.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from copy_set import ImageSet, distractor_set
-from detectors import METHODS, sign
-from PIL import Image, ImageDraw, ImageOps
-from scoring import Scores, blocks, highest
+from detectors import METHODS, signatures
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from scoring import Scores, blocks
 
-_WINDOWS = (1.0, 0.9, 0.8, 0.68)
-_SIDE = 12
+_WINDOWS = (1.0, 0.85)
+_SIDE = 16
 _PER_ROW, _PER_SHEET, _PIXELS = 7, 77, 96
 
 
@@ -30,9 +30,11 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("shards", type=Path, nargs="+")
     arguments.add_argument("--out", type=Path, required=True)
+    arguments.add_argument("--cache", type=Path, default=Path("/tmp/copy_detection"))
     arguments.add_argument("--each", type=int, default=150, help="the most pairs that one method proposes")
     given = arguments.parse_args()
-    image_set = distractor_set(given.shards, given.out)
+    image_set = distractor_set(given.shards, given.cache)
+    given.out.mkdir(parents=True, exist_ok=True)
     proposed: dict[tuple[int, int], list[str]] = {}
     rank: dict[tuple[int, int], int] = {}
     for name, pairs in _proposals(image_set, given.each):
@@ -49,50 +51,45 @@ def main() -> None:
 
 def _proposals(image_set: ImageSet, each: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     """Yield the pairs that each method proposes, the likeliest first."""
-    widest = {"phash": -10.0, "pdq_mirror": -40.0, "builtin": 0.8}
-    signed = sign(image_set, sorted({METHODS[name].signature for name in widest}))
-    for name, threshold in widest.items():
-        rows = signed[METHODS[name].signature].rows
-        edges, _ = highest(blocks(METHODS[name].score, rows, 500), each, threshold)
-        yield name, _over(edges.first, edges.second, edges.score, threshold)
-    pictures = [Image.open(file).convert("RGB") for file in image_set.files]
+    for name, threshold in {"phash": -10.0, "pdq_mirror": -40.0, "builtin": 0.8}.items():
+        rows = signatures(image_set, METHODS[name].signature).rows
+        yield name, _likeliest(blocks(METHODS[name].score, rows, 500), each, threshold)
+    pictures = [Image.open(file).convert("L") for file in image_set.files]
     whole = _thumbnails(pictures, (0, 0, 1, 1))
     for side in _WINDOWS:
-        places = [(0.5, 0.5)] if side == 1 else [(0.5, 0.5), (0, 0), (0, 1), (1, 0), (1, 1)]
-        for x, y in places:
+        for x, y in [(0.5, 0.5)] if side == 1 else [(0.5, 0.5), (0, 0), (0, 1), (1, 0), (1, 1)]:
             left, top = x * (1 - side), y * (1 - side)
             for mirrored in (False, True):
                 cut = _thumbnails(pictures, (left, top, left + side, top + side), mirrored)
-                edges, _ = highest(_correlations(cut, whole), each, 0.9)
-                yield f"crop{side}{'m' * mirrored}", _over(edges.first, edges.second, edges.score, 0.9)
+                # of the one's crop with the other, and the other way round
+                both = blocks(lambda a, b, cut=cut: a @ cut.T, whole, 500)  # type: ignore[misc]
+                yield f"crop {side}{' mirrored' * mirrored}", _likeliest(both, each, 0.6)
 
 
-def _over(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64], score: Scores, threshold: float) -> list[tuple[int, int]]:
-    near = score >= threshold
-    return list(zip(a[near].tolist(), b[near].tolist(), strict=True))
-
-
-def _correlations(cut: Scores, whole: Scores) -> Iterator[tuple[int, Scores]]:
-    """Yield the higher correlation of each pair: of the one's crop with the other, or the other way round."""
-    for start in range(0, len(cut), 500):
-        rows = slice(start, start + 500)
-        yield start, np.maximum(cut[rows] @ whole.T, whole[rows] @ cut.T)
+def _likeliest(blocks: Iterator[tuple[int, Scores]], each: int, threshold: float) -> list[tuple[int, int]]:
+    """Return the pairs of the highest scores at or over the threshold, the smaller place first."""
+    found: dict[tuple[int, int], float] = {}
+    for start, scores in blocks:
+        for i, j in zip(*(axis.tolist() for axis in np.nonzero(scores >= threshold)), strict=True):
+            if start + i != j:
+                pair = min(start + i, j), max(start + i, j)
+                found[pair] = max(float(scores[i, j]), found.get(pair, threshold))
+    return sorted(found, key=lambda pair: (-found[pair], pair))[:each]
 
 
 def _thumbnails(pictures: list[Image.Image], box: tuple[float, float, float, float], mirrored: bool = False) -> Scores:
-    """Return the thumbnails of a window of each picture as rows of mean 0 and length 1."""
+    """Return the details of a window of each grey picture, without its broad light and dark, as rows of length 1."""
     rows = []
     for picture in pictures:
         window = (box[0] * picture.width, box[1] * picture.height, box[2] * picture.width, box[3] * picture.height)
         small = picture.resize((_SIDE, _SIDE), Image.Resampling.BOX, window)
-        rows.append(np.asarray(ImageOps.mirror(small) if mirrored else small, np.float32).ravel())
+        small = ImageOps.mirror(small) if mirrored else small
+        broad = small.filter(ImageFilter.BoxBlur(2))
+        rows.append((np.asarray(small, np.float32) - np.asarray(broad, np.float32)).ravel())
     levels = np.stack(rows)
-    levels -= levels.mean(1, keepdims=True)
-    # a picture with hardly any contrast is like no other
-    correlated: Scores = levels / np.maximum(
-        np.linalg.norm(levels, axis=1, keepdims=True), 12.0 * levels.shape[1] ** 0.5
-    )
-    return correlated
+    # a picture with hardly any detail is like no other
+    details: Scores = levels / np.maximum(np.linalg.norm(levels, axis=1, keepdims=True), 3.0 * _SIDE)
+    return details
 
 
 def _sheets(image_set: ImageSet, pairs: list[tuple[int, int]], out: Path) -> None:
