@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def _judged(bench: Bench, found: Found) -> dict[str, Any]:
             name: {
                 "recall": round(recall(found.scores, truth, at), 4),
                 "precision": _rounded(precision(found.scores, truth, at)),
-                "threshold": _rounded(at),
+                "threshold": _raised(at),
             }
             for name, at in thresholds.items()
         },
@@ -219,8 +220,12 @@ def _by_kind(bench: Bench, scores: Scores, threshold: float) -> dict[str, dict[s
 
 
 def _rounded(value: float) -> float | None:
-    """Return the value for a JSON, None where there is none; EVERYTHING and inf are no number there."""
-    return round(value, 4) if abs(value) < 1e9 else None
+    return None if np.isnan(value) else round(value, 4)
+
+
+def _raised(threshold: float) -> float | None:
+    """Return a threshold for a JSON, rounded so that no further pair reaches it; None where it takes all or nothing."""
+    return math.ceil(1e6 * threshold) / 1e6 if abs(threshold) < 1e9 else None
 
 
 if __name__ == "__main__":

@@ -62,9 +62,9 @@ def _cell(value: float | None) -> str:
 def _threshold(name: str, value: float | None) -> str:
     if value is None:
         return "all its pairs"
-    if value < 0:
-        return f"radius {int(-value)}"
-    return f"{value:.3f}" if value < 1 or name == "memfilter" else "none"
+    if name in ("phash", "dhash", "ahash", "whash", "pdq", "pdq_mirror"):
+        return f"radius {int(-value)}" if value <= 0 else "none"
+    return f"{value:.3f}"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
