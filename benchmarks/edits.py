@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -93,7 +94,7 @@ def perspective(photo: Picture, amount: float, random: Random) -> Picture:
     )
 
 
-def _moved(photo: Picture, place: Callable[[Levels, Levels], tuple[Levels, Levels]]) -> Picture:
+def _moved(photo: Picture, place: Callable[[Any, Any], tuple[Any, Any]]) -> Picture:
     """Return the photo with each pixel taken from where `place` maps it, in units of half a side from the centre."""
     levels = np.asarray(photo)
     height, width = levels.shape[:2]
@@ -194,7 +195,7 @@ def watermark(photo: Picture, opacity: float, random: Random) -> Picture:
     size = max(10, min(photo.size) // 12)
     line = (_text(random, 2).upper() + "   ") * 12
     for k in range(0, reach, round(2.5 * size)):
-        draw.text((-random.integers(0, 8 * size), k), line, round(255 * opacity), _font(size))
+        draw.text((-int(random.integers(0, 8 * size)), k), line, round(255 * opacity), _font(size))
     layer = layer.rotate(float(random.uniform(20, 40)) * _either(random), Image.Resampling.BILINEAR)
     left, top = (reach - photo.width) // 2, (reach - photo.height) // 2
     ink = Image.new("RGB", photo.size, (255, 255, 255) if random.random() < 0.7 else (0, 0, 0))
