@@ -28,6 +28,7 @@ from memfilter.store import Store, read_note, write_table
 
 DIM = 2
 SIMILARITY = Builtin.similarity
+STRICT = Config.parse({"images": {"encoder_similarity": 0.95}})  # 18.2 degrees
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def rows_of(*images: Image | None, captions: Sequence[str] = ()) -> list[Row]:
 
 
 def write_parts(shards: Sequence[Sequence[Row]], store: Store) -> list[Shard]:
-    schema = signature_schema(DIM, ("score",))
+    schema = signature_schema(DIM, fields=("score",))
     named = []
     for number, rows in enumerate(shards):
         columns = [row.columns(i) for i, row in enumerate(rows)]
@@ -103,7 +104,7 @@ def write_parts(shards: Sequence[Sequence[Row]], store: Store) -> list[Shard]:
 
 def grouped(shards: Sequence[Sequence[Row]], config: Config | None = None) -> Groups:
     """Return the groups of these shards, from parts on the disk through all steps."""
-    config = config or Config()
+    config = config or STRICT
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
         samples = load_samples(write_parts(shards, store), store, config.images.json_fields)
@@ -116,7 +117,7 @@ def together(shards: Sequence[Sequence[Row]]) -> list[Row]:
 
 
 def image_config(**images: object) -> Config:
-    return Config.parse({"images": images})
+    return Config.parse({"images": {"encoder_similarity": 0.95, **images}})
 
 
 # -- the reference ----------------------------------------------------------------------------------------------------
@@ -431,7 +432,7 @@ def test_what_the_embedding_join_worked_with_is_gone_once_its_edges_are_written(
     images = [Image(i, i * 0x9E37_79B9_7F4A_7C15 % 2**64, angle) for i, angle in enumerate((10, 12, 90))]
     samples = load_samples(write_parts([rows_of(*images)], store), store)
     (store.edges / "embedding-of-a-join-with-another-threshold").mkdir(parents=True)
-    _, edges = find_edges(samples, store, Config())
+    _, edges = find_edges(samples, store, STRICT)
     assert [(e["a"], e["b"]) for e in edges.to_pylist()] == [(0, 1)]
     assert sorted(p.name for p in store.edges.iterdir()) == ["embedding.parquet", "hash.parquet"]
     note = read_note(store.edges / "embedding.parquet")
