@@ -18,17 +18,23 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 from copy_set import ImageSet
 from PIL import Image
 from scoring import Edges, Scores
 
-from memfilter import images, pipeline
+from memfilter import images
+from memfilter.alignment import align
 from memfilter.config import Config
+from memfilter.edges import find_edges
 from memfilter.encoders import image_encoder
-from memfilter.groups import find_edges, load_samples, similarity
+from memfilter.encoders.builtin import Builtin
+from memfilter.groups import load_samples
+from memfilter.records import Samples
 from memfilter.shards import find_shards
-from memfilter.signatures import hasher
-from memfilter.store import Store
+from memfilter.signatures import hasher, sign
+from memfilter.store import Store, read_table
 
 Rows = npt.NDArray[Any]
 
@@ -62,7 +68,7 @@ def signatures(image_set: ImageSet, name: str) -> Signed:
     if not signature_file(image_set, name).exists():
         wanted = {method.signature for method in METHODS.values()} - {"fastdup"}
         missing = sorted(other for other in wanted if not signature_file(image_set, other).exists())
-        for other, signed in sign(image_set, missing).items():
+        for other, signed in sign_all(image_set, missing).items():
             np.savez(signature_file(image_set, other), **asdict(signed))
     stored = np.load(signature_file(image_set, name))
     return Signed(stored["rows"], float(stored["milliseconds"]), float(stored["decode"]))
@@ -77,7 +83,7 @@ def signature_file(image_set: ImageSet, name: str) -> Path:
     return folder / f"{encoder.identity.replace('/', '-') if name == 'builtin' else name}.npz"
 
 
-def sign(image_set: ImageSet, names: list[str]) -> dict[str, Signed]:
+def sign_all(image_set: ImageSet, names: list[str]) -> dict[str, Signed]:
     """Return these signatures of all images of a set, each file read and decoded to RGB once for all the peers."""
     peers: dict[str, Callable[[Rows], Rows]] = {name: _peer(name) for name in names if name != "builtin"}
     rows: dict[str, list[Rows]] = {name: [] for name in peers}
@@ -210,38 +216,68 @@ SPARSE = ("fastdup_own_edges", "memfilter")
 # -- the library's own decision ---------------------------------------------------------------------------------------
 
 
-def combined(tars: list[Path]) -> tuple[Edges, float]:
-    """Return the pairs that memfilter calls copies, images numbered through the tars, and milliseconds an image.
+def combined(image_set: ImageSet, among: int | None) -> tuple[Edges, float]:
+    """Return the pairs that memfilter takes for copies or nearly does, by place, and milliseconds an image to sign.
 
-    It runs with the configuration that it comes with; a pair has the score 1.
+    The score is the cosine and what the alignment adds to it, or 2 and more within the radius of the hash.  With
+    `among` pairs are sought between so many first images and the others, else between all, as a run does.
     """
     config = Config.parse({"output": {"shards": False}})
+    encoder = image_encoder("builtin")
+    assert isinstance(encoder, Builtin)
     with tempfile.TemporaryDirectory() as work:
+        store, shards = Store(Path(work)), find_shards([str(tar) for tar in image_set.tars])[0]
         started = time.process_time()
-        pipeline.run([str(tar) for tar in tars], work, config, workers=1)
+        for shard in shards:
+            sign(shard, store.signatures(shard.name), config)
         seconds = time.process_time() - started
-        samples = load_samples(find_shards([str(tar) for tar in tars])[0], Store(work))
-        by_hash, by_embedding = find_edges(samples, Store(work), config)
-    compared = samples.good & ~samples.table["blank"].fill_null(True).to_numpy()
-    digests = np.array([d or b"" for d in samples.table["digest"].to_pylist()], "S16")
-    parts = []
-    for table, limit, label in (
-        (by_hash, config.images.hash_radius, samples.table["hash"].fill_null(0).to_numpy()),
-        (by_embedding, 1 - similarity(config) + 1e-7, digests),
-    ):
-        near = table["distance"].to_numpy() <= limit
-        parts.append(_expanded(table["a"].to_numpy()[near], table["b"].to_numpy()[near], label, compared))
-    pairs = np.concatenate(parts)
-    edges = Edges(pairs[:, 0], pairs[:, 1], np.ones(len(pairs), np.float32))
-    return distinct(edges), 1000 * seconds / len(samples)
+        samples = load_samples(shards, store)
+        if among is None:
+            find_edges(samples, store, config)
+            table = read_table(store.edges / "embedding.parquet")
+            a, b = table["a"].to_numpy(), table["b"].to_numpy()
+            score = 1 - table["distance"].to_numpy() + encoder.gain * table["evidence"].to_numpy()
+            by_hash = read_table(store.edges / "hash.parquet").filter(pc.field("distance") <= config.images.hash_radius)
+            parts = [Edges(a, b, score), *_expanded(by_hash, samples)]
+        else:
+            parts = _between(samples, store, among, encoder, config.images.hash_radius)
+    first, second, scores = (np.concatenate([getattr(p, name) for p in parts]) for name in ("first", "second", "score"))
+    return distinct(Edges(first, second, scores)), 1000 * seconds / len(samples)
 
 
-def _expanded(a: Rows, b: Rows, label: Rows, compared: Rows) -> Rows:
-    """Return the pairs of rows, the smaller first, that edges between representatives of one label each stand for."""
-    members: dict[object, list[int]] = {}
-    for row in np.flatnonzero(compared).tolist():
-        members.setdefault(label[row], []).append(row)
-    alike = [(rows, rows) for rows in members.values() if len(rows) > 1]
-    alike += [(members[label[i]], members[label[j]]) for i, j in zip(a.tolist(), b.tolist(), strict=True)]
-    pairs = {(min(i, j), max(i, j)) for one, other in alike for i in one for j in other if i != j}
-    return np.array(sorted(pairs), np.int64).reshape(-1, 2)
+def _between(samples: Samples, store: Store, n: int, encoder: Builtin, radius: int) -> list[Edges]:
+    """Return what the pairs between the first n images and the others score, by the functions that a run uses."""
+    column = {name: [] for name in ("embedding", "thumbnail")}
+    for shard in samples.shards:
+        table = read_table(store.signatures(shard.name), list(column))
+        for name, parts in column.items():
+            parts += table[name].to_pylist()
+    nothing = np.zeros(encoder.dim, np.float16)
+    embeddings = np.array([nothing if e is None else e for e in column["embedding"]], np.float32)
+    thumbnails = np.stack([np.frombuffer(t or bytes(1024), np.uint8).reshape(32, 32) for t in column["thumbnail"]])
+    cosine = embeddings[:n] @ embeddings[n:].T
+    cosine[:, ~samples.compared[n:]] = -1
+    a, b = np.nonzero(cosine >= encoder.similarity - encoder.gain)
+    sure = cosine[a, b] >= encoder.similarity
+    evidence = np.zeros(len(a), np.float32)
+    evidence[~sure] = align(thumbnails, a[~sure], b[~sure] + n)
+    hashes = samples.table["hash"].fill_null(0).to_numpy()
+    bits = np.bitwise_count(hashes[:n, None] ^ hashes[None, n:])
+    bits[:, ~samples.compared[n:]] = 64
+    c, d = np.nonzero(bits <= radius)
+    by_hash = Edges(c, d + n, 2 + (64 - bits[c, d]).astype(np.float32))
+    return [Edges(a, b + n, cosine[a, b] + encoder.gain * evidence), by_hash]
+
+
+def _expanded(by_hash: pa.Table, samples: Samples) -> list[Edges]:
+    """Return the pairs of images that edges between hashes stand for, those of equal hashes included."""
+    hashes = samples.table["hash"].fill_null(0).to_numpy()
+    members: dict[int, list[int]] = {}
+    for row in np.flatnonzero(samples.compared).tolist():
+        members.setdefault(int(hashes[row]), []).append(row)
+    pairs = [(i, j, 66.0) for rows in members.values() for i in rows for j in rows if i < j]
+    for a, b, distance in zip(*(by_hash[name].to_pylist() for name in ("a", "b", "distance")), strict=True):
+        of = members[int(hashes[a])], members[int(hashes[b])]
+        pairs += [(min(i, j), max(i, j), 66 - distance) for i in of[0] for j in of[1]]
+    first, second, score = zip(*pairs, strict=True) if pairs else ((), (), ())
+    return [Edges(np.array(first, np.int64), np.array(second, np.int64), np.array(score, np.float32))]

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from .config import Config, digest_of
@@ -34,6 +36,9 @@ _PDQ_RADIUS = 31  # the widest that the configuration allows: its join is drawn 
 _MARGIN = 0.05  # of the similarity, on either side of the encoder's own
 _CHUNK = 4096  # pairs aligned between two that are kept
 _ROUNDING = 1e-7
+_PAIRS_A_ROW = 10  # that are aligned: about as long as signing takes
+_SAMPLED = 1024  # rows by which the pairs at a cosine are estimated
+_BLOCK = 1 << 14
 
 
 def signatures_digest(shards: list[Shard], store: Store) -> str:
@@ -125,17 +130,37 @@ def _embedding_edges(samples: Samples, store: Store, encoder: Encoder, wanted: f
         if not (work / "rows.npy").exists():
             _write_embeddings(samples, store, rows, work / "rows.npy")
         embeddings = np.load(work / "rows.npy", mmap_mode="r", allow_pickle=False)
+        lowest = max(lowest, _affordable(embeddings, lowest, highest)) if gain else lowest
         join = embedding_join(embeddings, lowest, work)
         table = _edges((join.a, join.b, join.distance), rows)
         evidence = np.zeros(len(table), np.float32)
         unsure = np.flatnonzero(table["distance"].to_numpy() > 1 - highest) if gain else np.empty(0, np.int64)
         evidence[unsure] = _aligned(samples, store, table.take(pa.array(unsure)), work)
         about = {"rows": len(rows), "pairs": len(join.a), "cells": join.cells, "probes": join.probes}
-        note = {**about, "aligned": len(unsure), "recall": asdict(join.recall)}
+        note = {**about, "lowest": lowest, "aligned": len(unsure), "recall": asdict(join.recall)}
         write_table(path, table.append_column("evidence", pa.array(evidence)), key, note)
     for left_over in store.edges.glob("embedding-*"):
         shutil.rmtree(left_over)
     return read_table(path)
+
+
+def _affordable(embeddings: npt.NDArray[np.float16], lowest: float, highest: float) -> float:
+    """Return the cosine, in hundredths, above which about ten pairs a row, or fewer, are left to be aligned.
+
+    All pairs grow as the square of the rows, so that among more rows less alike ones are no longer looked at.
+    """
+    n = len(embeddings)
+    chosen = np.sort(np.random.default_rng(0).choice(n, min(n, _SAMPLED), replace=False))
+    steps = np.arange(floor(100 * lowest), floor(100 * highest) + 1) / 100
+    pairs = np.zeros(len(steps) + 1)
+    with threadpool_limits(1, "blas"):  # sums in one order
+        sampled = embeddings[chosen].astype(np.float32)
+        for start in range(0, n, _BLOCK):
+            cosine = sampled @ embeddings[start : start + _BLOCK].astype(np.float32).T
+            pairs += np.bincount(np.searchsorted(steps, cosine[cosine < highest], "right"), minlength=len(pairs))
+    above = pairs[::-1].cumsum()[::-1][1:] / max(len(chosen), 1) / 2  # a row, at each step or over it
+    enough = np.flatnonzero(above <= _PAIRS_A_ROW)
+    return float(steps[enough[0]]) if len(enough) else highest
 
 
 def _aligned(samples: Samples, store: Store, edges: pa.Table, work: Path) -> Floats:
