@@ -16,13 +16,15 @@ from numba import njit
 
 _COARSE = 16
 _REFINED = 3  # places that are refined, beside lying as they are and in the mirror
-_STEPS = 10
+_STEPS, _LAST_STEPS = 8, 5  # of a refinement at 16 x 16, and of the best one's at full size
+_HOPELESS = 0.1  # evidence at 16 x 16 under which full size would not help
 
+_ENOUGH = 3.0  # evidence beyond which more says no more
 _FIRST = 1e9  # more than any evidence
 _NOTHING = -2.0  # for a correlation of less than half of the pixels
 
 _Float = npt.NDArray[np.float32]
-_compiled: Any = njit(cache=True, fastmath=True)
+_compiled: Any = njit(cache=True, fastmath=True, nogil=True)
 
 
 def _sizes() -> npt.NDArray[np.int64]:
@@ -45,7 +47,7 @@ _SIZES, _OTHERS = _sizes(), _turns_and_shifts()
 def align(thumbnails: npt.NDArray[np.uint8], a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> _Float:
     """Return of each pair (a, b) of the (N, 32, 32) grey thumbnails the evidence of its best alignment, from 0 to 1.
 
-    It is (e(f) + 0.4 e(m)) sqrt(s), at most 1, with e(r) = -ln(1 - r^2), where f is the correlation of the two's fine
+    It is (e(f) + 0.4 e(m)) sqrt(s) / 3, at most 1, with e(r) = -ln(1 - r^2), where f is the correlation of the two's fine
     structure where they lie upon each other, m the median of the correlations of their levels in 4 x 4 cells, and s
     that part's share of the larger.  Weights are those of a logistic regression on edited photos and unlike ones.
     """
@@ -63,7 +65,7 @@ def _align_all(thumbnails, a, b, sizes, others, found):  # type: ignore[no-untyp
         for y in range(side):
             for x in range(side):
                 one[y, x], other[y, x] = thumbnails[a[i], y, x], thumbnails[b[i], y, x]
-        found[i] = min(_align(one, other, sizes, others), 1.0)
+        found[i] = min(_align(one, other, sizes, others) / _ENOUGH, 1.0)
 
 
 @_compiled
@@ -83,25 +85,30 @@ def _align(one, other, sizes, others):  # type: ignore[no-untyped-def]
     for k in range(len(maps) - 2, len(maps)):
         _lay(maps[k], 0.0, 0.0, 0.0)
         weights[k] = _FIRST
-    best = 0.0
+    best, first = -1.0, 0
     for _ in range(_REFINED + 2):
         k = 0
         for i in range(1, len(maps)):
             if weights[i] > weights[k]:
                 k = i
         weights[k] = -_FIRST
-        second = mirrored if k % 2 else other
-        best = max(best, _refined(one if k in (2, 3) else second, second if k in (2, 3) else one, maps[k]))
-    return best
+        second = small_mirrored if k % 2 else small_other
+        evidence = _refined(small if k in (2, 3) else second, second if k in (2, 3) else small, maps[k], _STEPS)
+        if evidence > best:
+            best, first = evidence, k
+    if best < _HOPELESS:
+        return best
+    second = mirrored if first % 2 else other
+    return _refined(one if first in (2, 3) else second, second if first in (2, 3) else one, maps[first], _LAST_STEPS)
 
 
 @_compiled
-def _refined(needle, hay, affine):  # type: ignore[no-untyped-def]
+def _refined(needle, hay, affine, steps):  # type: ignore[no-untyped-def]
     """Return the evidence of the alignment that refining this map leads to."""
-    height = max(8, min(len(needle), round(abs(affine[1]) * len(needle))))
-    width = max(8, min(len(needle), round(abs(affine[5]) * len(needle))))
+    height = max(4, min(len(needle), round(abs(affine[1]) * len(needle))))
+    width = max(4, min(len(needle), round(abs(affine[5]) * len(needle))))
     pattern = _resized(needle, height, width)
-    _refine(pattern, hay, affine)
+    _refine(pattern, hay, affine, steps)
     return _judge(pattern, hay, affine)
 
 
@@ -260,13 +267,13 @@ def _correlation(one, other, inside, top, bottom, left, right, floor):  # type: 
 
 
 @_compiled
-def _refine(needle, hay, affine):  # type: ignore[no-untyped-def]
+def _refine(needle, hay, affine, steps):  # type: ignore[no-untyped-def]
     """Move the affine map to where needle and hay agree best, pixels that never agree left out."""
     height, width = needle.shape
     laid, inside = np.empty_like(needle), np.empty(needle.shape, np.bool_)
     trust = np.ones_like(needle)
     normal, right = np.empty((6, 6)), np.empty(6)
-    for _ in range(_STEPS):
+    for _ in range(steps):
         if _warp(hay, affine, laid, inside) < 16:
             return
         n, a, b, aa, bb = 0.0, 0.0, 0.0, 0.0, 0.0
@@ -296,7 +303,7 @@ def _refine(needle, hay, affine):  # type: ignore[no-untyped-def]
         step = 0.0
         for i in range(6):
             step = max(step, abs(right[i]))
-        if step < 1e-3:  # of the side
+        if step < 2e-3:  # of the side
             return
 
 
@@ -379,7 +386,7 @@ def _judge(needle, hay, affine):  # type: ignore[no-untyped-def]
     height, width = needle.shape
     laid, inside = np.empty_like(needle), np.empty(needle.shape, np.bool_)
     n = _warp(hay, affine, laid, inside)
-    if n < 30 or 2 * n < height * width:
+    if n < 16 or 2 * n < height * width:
         return 0.0
     fine = _correlation(_fine(needle), _fine(laid), inside, 0, height, 0, width, 2.0)
     cells, k = np.empty(16), 0

@@ -36,7 +36,8 @@ _PDQ_RADIUS = 31  # the widest that the configuration allows: its join is drawn 
 _MARGIN = 0.05  # of the similarity, on either side of the encoder's own
 _CHUNK = 4096  # pairs aligned between two that are kept
 _ROUNDING = 1e-7
-_PAIRS_A_ROW = 10  # that are aligned: about as long as signing takes
+_LOWEST = 0.1  # cosine of a pair that is worth aligning
+_PAIRS_A_ROW = 5  # that are aligned: about as long as signing takes
 _SAMPLED = 1024  # rows by which the pairs at a cosine are estimated
 _BLOCK = 1 << 14
 
@@ -115,7 +116,7 @@ def _hash_edges(samples: Samples, store: Store, config: Config) -> pa.Table:
 def _embedding_edges(samples: Samples, store: Store, encoder: Encoder, wanted: float) -> pa.Table:
     """Return the edges that are stored, with the evidence of the alignment of those that it can decide about."""
     own, gain = _own_similarity(encoder), _gain(encoder)
-    lowest = min(wanted, own - _MARGIN) - gain
+    lowest = max(min(wanted, own - _MARGIN) - gain, _LOWEST) if gain else min(wanted, own - _MARGIN)
     highest = max(wanted, own + _MARGIN)
     inputs = signatures_digest(samples.shards, store)
     key = digest_of(["embedding-edges-3", inputs, lowest, highest, gain, METHOD])
@@ -145,7 +146,7 @@ def _embedding_edges(samples: Samples, store: Store, encoder: Encoder, wanted: f
 
 
 def _affordable(embeddings: npt.NDArray[np.float16], lowest: float, highest: float) -> float:
-    """Return the cosine, in hundredths, above which about ten pairs a row, or fewer, are left to be aligned.
+    """Return the cosine, in hundredths, above which about five pairs a row, or fewer, are left to be aligned.
 
     All pairs grow as the square of the rows, so that among more rows less alike ones are no longer looked at.
     """

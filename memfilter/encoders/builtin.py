@@ -24,8 +24,8 @@ class Builtin:
     side = 64
     frame = None
     dim = 256
-    similarity = 0.75
-    gain = 0.35
+    similarity = 0.92
+    gain = 0.9
 
     @cached_property
     def weights(self) -> str:
@@ -35,7 +35,7 @@ class Builtin:
     @property
     def identity(self) -> str:
         """What shapes the numbers: the weights and how pixels are brought to them."""
-        return f"builtin/{self.weights}/grey {self.side}x{self.side}, standardised, mirrored"
+        return f"builtin/{self.weights}/grey {self.side}x{self.side}, standardised"
 
     @cached_property
     def _network(self) -> Descriptor:
@@ -45,7 +45,7 @@ class Builtin:
         return load(WEIGHTS)
 
     def encode(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Return (N, 256) float32 rows of unit length for grey (N, 64, 64) images, the same for their mirror images."""
+        """Return (N, 256) float32 rows of unit length for grey (N, 64, 64) images."""
         from .network import encode
 
         found = np.empty((len(images), self.dim), np.float32)

@@ -64,13 +64,12 @@ def load(path: Path) -> Descriptor:
 
 @torch.inference_mode()
 def encode(network: Descriptor, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """Return (N, 256) float32 rows of unit length: the mean directions of grey images and their mirror images."""
+    """Return (N, 256) float32 rows of unit length for grey (N, 64, 64) images."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # shards are what runs side by side
     try:
         inputs = standardised(torch.from_numpy(images)).contiguous(memory_format=torch.channels_last)
-        both = network(inputs) + network(inputs.flip(3))
-        found: npt.NDArray[np.float32] = nn.functional.normalize(both).numpy()
+        found: npt.NDArray[np.float32] = network(inputs).numpy()
         return found
     finally:
         torch.set_num_threads(threads)
