@@ -87,7 +87,7 @@ class Images(_Section):
     hash_radius: Annotated[int, Field(ge=0, le=31)] = 4  # 31 with pdq
     decode: Literal["fast", "full"] = "fast"
     encoder: str | None = "builtin"
-    encoder_similarity: Annotated[float, Field(gt=0, le=1)] | None = None
+    encoder_similarity: Annotated[float, Field(gt=0, le=2)] | None = None
     keep: Annotated[tuple[KeepKey, ...], Field(min_length=1, strict=False)] = KEEP
 
     @property

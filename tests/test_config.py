@@ -199,7 +199,7 @@ WRONG = {
     "images.hash_radius": ["-1", "17", "4.5", "four", "null", "[4]", "true"],
     "images.decode": ["slow", "null"],
     "images.encoder": ["3", "[builtin]"],
-    "images.encoder_similarity": ["0", "1.01", "-1", "high", ".nan", "true"],
+    "images.encoder_similarity": ["0", "2.01", "-1", "high", ".nan", "true"],
     "images.keep": [
         "[]",
         "[size]",

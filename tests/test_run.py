@@ -209,7 +209,7 @@ def test_rethreshold_equals_a_fresh_run(
 def test_rethreshold_rewrites_only_the_shards_whose_kept_set_changed(planted: Path, tmp_path: Path) -> None:
     memfilter.run([str(planted)], tmp_path / "out", workers=1)
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / "shards").glob("*.tar")}
-    (tmp_path / "new.yaml").write_text("images: {hash_radius: 0, encoder_similarity: 1.0}")
+    (tmp_path / "new.yaml").write_text("images: {hash_radius: 0, encoder_similarity: 2.0}")
     found = rows(memfilter.rethreshold(tmp_path / "out", tmp_path / "new.yaml", workers=1))
     assert 0 < sum(row["image_count"] > 1 for row in found.values()) < 12
     after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / "shards").glob("*.tar")}
