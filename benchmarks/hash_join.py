@@ -43,7 +43,7 @@ def main() -> None:
     arguments.add_argument("--json", type=Path)
     arguments.add_argument("--one", nargs=2, metavar=("FILE", "RADIUS"))
     given = arguments.parse_args()
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     logging.disable(logging.INFO)
     if given.one:
         print(json.dumps(one(Path(given.one[0]), int(given.one[1]))))
