@@ -47,9 +47,9 @@ _SIZES, _OTHERS = _sizes(), _turns_and_shifts()
 def align(thumbnails: npt.NDArray[np.uint8], a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> _Float:
     """Return of each pair (a, b) of the (N, 32, 32) grey thumbnails the evidence of its best alignment, from 0 to 1.
 
-    It is (e(f) + 0.4 e(m)) sqrt(s) / 3, at most 1, with e(r) = -ln(1 - r^2), where f is the correlation of the two's fine
-    structure where they lie upon each other, m the median of the correlations of their levels in 4 x 4 cells, and s
-    that part's share of the larger.  Weights are those of a logistic regression on edited photos and unlike ones.
+    It is (e(f) + 0.4 e(m)) sqrt(s) / 3, at most 1, with e(r) = -ln(1 - r^2), where f is the correlation of the two's
+    fine structure where they lie upon each other, m the median of the correlations of their levels in 4 x 4 cells, and
+    s that part's share of the larger.  Weights are those of a logistic regression on edited photos and unlike ones.
     """
     found = np.zeros(len(a), np.float32)
     if len(a):

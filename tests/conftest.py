@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -38,6 +38,19 @@ def picture(seed: int, width: int = 96, height: int = 80) -> Image.Image:
     random = np.random.default_rng(seed)
     coarse = random.integers(0, 256, (6, 7, 3), np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def scene(seed: int, side: int = 256) -> Image.Image:
+    """Return a grey picture with shapes of all sizes, like a photo's, unlike that of any other seed."""
+    random = np.random.default_rng(seed)
+    picture = Image.fromarray(random.integers(60, 200, (4, 4), np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(picture)
+    for size in np.geomspace(120, 10, 60):
+        x, y = random.integers(-20, side, 2)
+        width, height = size * random.uniform(0.4, 1, 2)
+        shape = draw.ellipse if random.random() < 0.5 else draw.rectangle
+        shape((x, y, x + width, y + height), fill=int(random.integers(256)))
+    return picture
 
 
 def encoded(image: Image.Image, format: str = "JPEG", **options: object) -> bytes:
