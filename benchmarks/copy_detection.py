@@ -115,8 +115,9 @@ def measure(bench: Bench) -> dict[str, Any]:
         found["fastdup"] = _dense(bench, "fastdup", parts[0][0], parts[1][0])
         found["fastdup_own_edges"] = _sparse(bench, parts[0][1], parts[1][1], 0.9, parts[0][0].milliseconds)
         versions["fastdup"] = parts[0][2]
-    pairs = [_combined(sets[0], bench.copies.originals), _combined(sets[1], None)]
-    found["memfilter"] = _sparse(bench, pairs[0][0], pairs[1][0], METHODS["builtin"].default, pairs[0][1])
+    theirs, _, lowest = _combined(bench.distractors, None, 0.0)
+    ours, milliseconds, _ = _combined(bench.copies.images, bench.copies.originals, lowest)
+    found["memfilter"] = _sparse(bench, ours, theirs, METHODS["builtin"].default, milliseconds)
     n = len(bench.distractors.files)
     return {
         "photos": bench.copies.originals,
@@ -142,13 +143,14 @@ def forget(bench: Bench, methods: list[str]) -> None:
             signature_file(image_set, signature).unlink(missing_ok=True)
 
 
-def _combined(image_set: ImageSet, among: int | None) -> tuple[Edges, float]:
+def _combined(image_set: ImageSet, among: int | None, lowest: float) -> tuple[Edges, float, float]:
     path = signature_file(image_set, "memfilter")
     if not path.exists():
-        edges, milliseconds = combined(image_set, among)
-        np.savez(path, **asdict(edges), milliseconds=milliseconds)
+        edges, milliseconds, lowest = combined(image_set, among, lowest)
+        np.savez(path, **asdict(edges), milliseconds=milliseconds, lowest=lowest)
     stored = np.load(path)
-    return Edges(stored["first"], stored["second"], stored["score"]), float(stored["milliseconds"])
+    edges = Edges(stored["first"], stored["second"], stored["score"])
+    return edges, float(stored["milliseconds"]), float(stored["lowest"])
 
 
 # -- scores and measures ----------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from memfilter.groups import load_samples
 from memfilter.records import Samples
 from memfilter.shards import find_shards
 from memfilter.signatures import hasher, sign
-from memfilter.store import Store, read_table
+from memfilter.store import Store, read_note, read_table
 
 Rows = npt.NDArray[Any]
 
@@ -216,11 +216,12 @@ SPARSE = ("fastdup_own_edges", "memfilter")
 # -- the library's own decision ---------------------------------------------------------------------------------------
 
 
-def combined(image_set: ImageSet, among: int | None) -> tuple[Edges, float]:
-    """Return the pairs that memfilter takes for copies or nearly does, by place, and milliseconds an image to sign.
+def combined(image_set: ImageSet, among: int | None, lowest: float) -> tuple[Edges, float, float]:
+    """Return the pairs that memfilter takes for copies or nearly does, milliseconds an image to sign, and `lowest`.
 
     The score is the cosine and what the alignment adds to it, or 2 and more within the radius of the hash.  With
-    `among` pairs are sought between so many first images and the others, else between all, as a run does.
+    `among` pairs are sought between so many first images and the others, of a cosine of `lowest` or more; else between
+    all, as a run does, which finds the lowest cosine that is worth its while itself.
     """
     config = Config.parse({"output": {"shards": False}})
     encoder = image_encoder("builtin")
@@ -235,29 +236,31 @@ def combined(image_set: ImageSet, among: int | None) -> tuple[Edges, float]:
         if among is None:
             find_edges(samples, store, config)
             table = read_table(store.edges / "embedding.parquet")
+            lowest = read_note(store.edges / "embedding.parquet")["lowest"]
             a, b = table["a"].to_numpy(), table["b"].to_numpy()
             score = 1 - table["distance"].to_numpy() + encoder.gain * table["evidence"].to_numpy()
             by_hash = read_table(store.edges / "hash.parquet").filter(pc.field("distance") <= config.images.hash_radius)
             parts = [Edges(a, b, score), *_expanded(by_hash, samples)]
         else:
-            parts = _between(samples, store, among, encoder, config.images.hash_radius)
+            parts = _between(samples, store, among, lowest, config.images.hash_radius)
     first, second, scores = (np.concatenate([getattr(p, name) for p in parts]) for name in ("first", "second", "score"))
-    return distinct(Edges(first, second, scores)), 1000 * seconds / len(samples)
+    return distinct(Edges(first, second, scores)), 1000 * seconds / len(samples), lowest
 
 
-def _between(samples: Samples, store: Store, n: int, encoder: Builtin, radius: int) -> list[Edges]:
+def _between(samples: Samples, store: Store, n: int, lowest: float, radius: int) -> list[Edges]:
     """Return what the pairs between the first n images and the others score, by the functions that a run uses."""
     column = {name: [] for name in ("embedding", "thumbnail")}
     for shard in samples.shards:
         table = read_table(store.signatures(shard.name), list(column))
         for name, parts in column.items():
             parts += table[name].to_pylist()
+    encoder = Builtin()
     nothing = np.zeros(encoder.dim, np.float16)
     embeddings = np.array([nothing if e is None else e for e in column["embedding"]], np.float32)
     thumbnails = np.stack([np.frombuffer(t or bytes(1024), np.uint8).reshape(32, 32) for t in column["thumbnail"]])
     cosine = embeddings[:n] @ embeddings[n:].T
     cosine[:, ~samples.compared[n:]] = -1
-    a, b = np.nonzero(cosine >= encoder.similarity - encoder.gain)
+    a, b = np.nonzero(cosine >= lowest)
     sure = cosine[a, b] >= encoder.similarity
     evidence = np.zeros(len(a), np.float32)
     evidence[~sure] = align(thumbnails, a[~sure], b[~sure] + n)
