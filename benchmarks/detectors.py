@@ -261,9 +261,7 @@ def _between(samples: Samples, store: Store, n: int, lowest: float, radius: int)
     cosine = embeddings[:n] @ embeddings[n:].T
     cosine[:, ~samples.compared[n:]] = -1
     a, b = np.nonzero(cosine >= lowest)
-    sure = cosine[a, b] >= encoder.similarity
-    evidence = np.zeros(len(a), np.float32)
-    evidence[~sure] = align(thumbnails, a[~sure], b[~sure] + n)
+    evidence = align(thumbnails, a, b + n)
     hashes = samples.table["hash"].fill_null(0).to_numpy()
     bits = np.bitwise_count(hashes[:n, None] ^ hashes[None, n:])
     bits[:, ~samples.compared[n:]] = 64

@@ -60,7 +60,7 @@ def image_encoder(spec: str | None) -> Encoder | None:
     if spec is None:
         return None
     if spec == "builtin":
-        return Builtin()
+        return _builtin
     kind, colon, rest = spec.partition(":")
     if not colon or not rest:
         raise ConfigError(f"images.encoder = {spec!r}: unknown; it is {_FORMS}, or null for no embeddings")
@@ -78,6 +78,7 @@ def image_encoder(spec: str | None) -> Encoder | None:
     return warm
 
 
+_builtin = Builtin()  # its weights are read when it first encodes, once a process
 _warm: dict[str, Any] = {}
 _KINDS = ("sscd", "timm", "open_clip", "hf-hub", "local-dir")
 _FORMS = (
