@@ -27,7 +27,7 @@ from .embedding_join import METHOD, embedding_join
 from .encoders import UNCALIBRATED, Encoder, image_encoder
 from .hash_join import hash_join
 from .records import EDGES, THUMBNAIL_SIDE, Floats, Indices, Ints, Samples, Shard, voids
-from .store import Store, done, read_digest, read_table, replacing, write_table
+from .store import Store, done, new_array, read_digest, read_table, replacing, write_table
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +220,7 @@ def _write_embeddings(samples: Samples, store: Store, rows: Ints, path: Path) ->
             with open(temporary, "wb") as file:
                 np.save(file, np.empty((0, dim), np.float16))
             return
-        found = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(rows), dim))
+        found = new_array(temporary, np.float16, (len(rows), dim))
         _gather(
             samples,
             store,
@@ -228,7 +228,6 @@ def _write_embeddings(samples: Samples, store: Store, rows: Ints, path: Path) ->
             rows,
             lambda at, column: found.__setitem__(at, column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)),
         )
-        found.flush()
 
 
 def _edges(pairs: tuple[Indices, Indices, Floats], rows: Ints) -> pa.Table:

@@ -35,7 +35,7 @@ from .config import digest_of
 from .errors import RunError
 from .pair_files import PAIR, mapped, merge, pair_keys, reach_disk, write_runs
 from .records import Indices, Ints
-from .store import replacing, write_json
+from .store import new_array, replacing, write_json
 
 R = TypeVar("R")
 
@@ -218,10 +218,9 @@ def _make_lists(
         _write_visitors(list(paths.values()), place, probes - 1, visits - counts, folder / "visitors.npy")
     if _load(folder / "lists.npy") is None:
         with replacing(folder / "lists.npy") as temporary:
-            lists = np.lib.format.open_memmap(temporary, "w+", np.float16, rows.shape)
+            lists = new_array(temporary, np.float16, rows.shape)
             for start in starts:
                 lists[start : start + _ASSIGNED] = rows[row[start : start + _ASSIGNED]]
-            lists.flush()
     visitors = np.load(folder / "visitors.npy", mmap_mode="r", allow_pickle=False)
     lists = np.load(folder / "lists.npy", mmap_mode="r", allow_pickle=False)
     return _Lists(lists, row, np.cumsum(np.bincount(cell, minlength=cells)), visitors, visits)
@@ -269,7 +268,7 @@ def _write_visitors(probes: list[Path], place: Indices, others: int, begins: Int
     """Sort the places of the rows by the cells that they probe, their own aside, in one pass over the probes."""
     start = 0
     with replacing(path) as temporary:
-        visitors = np.lib.format.open_memmap(temporary, "w+", np.uint32, (len(place) * others,))
+        visitors = new_array(temporary, np.uint32, (len(place) * others,))
         for part in probes:
             probed = np.load(part, allow_pickle=False)
             cells = probed[:, 1:].ravel()
@@ -279,7 +278,6 @@ def _write_visitors(probes: list[Path], place: Indices, others: int, begins: Int
             visitors[target] = place[start + order // max(others, 1)]
             begins = begins + counts
             start += len(probed)
-        visitors.flush()
 
 
 # -- comparing lists --------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from .config import digest_of
 from .errors import InputError
 from .records import Pairs
-from .store import done, read_table, write_table
+from .store import done, read_table, reserve, write_table
 
 MEMORY = 4 << 30
 """Bytes that a table may take in memory; a larger one lies in a file."""
@@ -170,5 +170,6 @@ def _room(n: int, words: int, directory: Path | None, memory: int) -> Iterator[t
         directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory) as file:
         os.truncate(file.fileno(), size)
+        reserve(file.fileno(), size)
         whole = np.asarray(np.memmap(file, np.uint8, shape=(size,)))
         yield whole[: 8 * words * n].view(np.uint64).reshape(n, words), whole[8 * words * n :].view(np.uint32)

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import filelock
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -120,6 +122,23 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def new_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Return the array of a new .npy file, memory-mapped, for which the disk has room.
+
+    Raises OSError where it has none: a mapped file that runs out of disk as it is written kills the process.
+    """
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with open(path, "r+b") as file:
+        reserve(file.fileno(), path.stat().st_size)
+    return array
+
+
+def reserve(file: int, size: int) -> None:
+    """Give a file's first bytes their room on the disk; raises OSError where it has none."""
+    if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(file, 0, size)
 
 
 def canonical(value: Any) -> str:
