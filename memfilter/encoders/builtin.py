@@ -24,7 +24,7 @@ class Builtin:
     side = 64
     frame = None
     dim = 256
-    similarity = 0.98
+    similarity = 0.94
     gain = 0.9
 
     @cached_property
