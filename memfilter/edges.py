@@ -33,10 +33,11 @@ log = logging.getLogger(__name__)
 
 _RADIUS = 6  # edges are stored up to here
 _PDQ_RADIUS = 31  # the widest that the configuration allows: its join is drawn for one radius
-_MARGIN = 0.05  # of the similarity, on either side of the encoder's own
+_MARGIN = 0.05  # below the encoder's own similarity, down to which edges are stored
 _CHUNK = 1024  # pairs, about a second: so long an interrupt may wait
 _ROUNDING = 1e-7
 _LOWEST = 0.1  # cosine of a pair that is worth aligning
+_ALWAYS = 0.6  # cosine of one that is aligned even where copies abound: of photos at random one pair in 10^6 has it
 _PAIRS_A_ROW = 5  # that are aligned: about as long as signing takes
 _SAMPLED = 1024  # rows by which the pairs at a cosine are estimated
 _BLOCK = 1 << 14
@@ -117,7 +118,7 @@ def _embedding_edges(samples: Samples, store: Store, encoder: Encoder, wanted: f
     """Return the edges that are stored, with the evidence of the alignment of those that it can decide about."""
     own, gain = _own_similarity(encoder), _gain(encoder)
     lowest = max(min(wanted, own - _MARGIN) - gain, _LOWEST) if gain else min(wanted, own - _MARGIN)
-    highest = max(wanted, own + _MARGIN)
+    highest = max(wanted, own)  # copies over it are sure, however many a heavy group has
     inputs = signatures_digest(samples.shards, store)
     key = digest_of(["embedding-edges-3", inputs, lowest, highest, gain, METHOD])
     path = store.edges / "embedding.parquet"
@@ -131,7 +132,7 @@ def _embedding_edges(samples: Samples, store: Store, encoder: Encoder, wanted: f
         if not (work / "rows.npy").exists():
             _write_embeddings(samples, store, rows, work / "rows.npy")
         embeddings = np.load(work / "rows.npy", mmap_mode="r", allow_pickle=False)
-        lowest = max(lowest, _affordable(embeddings, lowest, highest)) if gain else lowest
+        lowest = max(lowest, min(_affordable(embeddings, lowest, highest), _ALWAYS)) if gain else lowest
         join = embedding_join(embeddings, lowest, work)
         table = _edges((join.a, join.b, join.distance), rows)
         evidence = np.zeros(len(table), np.float32)

@@ -96,3 +96,19 @@ def test_the_builtin_descriptor_knows_mirror_images_and_not_other_scenes() -> No
     cosine = rows @ mirrored.T
     assert np.median(np.diag(cosine)) > 0.8
     assert np.median(cosine[~np.eye(30, dtype=bool)]) < 0.4
+
+
+def test_what_is_repeated_often_does_not_keep_other_copies_from_being_looked_at(tmp_path: Path) -> None:
+    members = []
+    for i in range(6):
+        buffer = scene(i, 200)
+        for copy in range(30):  # nearly alike: 14 pairs a sample
+            shifted = buffer.rotate(copy / 10, Image.Resampling.BICUBIC, fillcolor=128)
+            members += sample(f"often{i}{copy:02}", encoded(shifted), f"often {i} {copy}")
+    members += sample("scene", encoded(scene(50, 256)), "a scene")
+    members += sample("cropped", encoded(scene(50, 256).crop((30, 30, 240, 240)).resize((180, 180))), "its crop")
+    tar = write_tar(tmp_path / "data" / "00000.tar", members)
+    found = actions(memfilter.run([str(tar)], tmp_path / "out", workers=1))
+    assert found["cropped"]["canonical_uid"] == found["scene"]["uid"]
+    often = [row for key, row in found.items() if key.startswith("often")]
+    assert sum(row["action"] == "drop" for row in often) >= 150
