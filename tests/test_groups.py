@@ -436,7 +436,7 @@ def test_what_the_embedding_join_worked_with_is_gone_once_its_edges_are_written(
     assert [(e["a"], e["b"]) for e in edges.to_pylist()] == [(0, 1)]
     assert sorted(p.name for p in store.edges.iterdir()) == ["embedding.parquet", "hash.parquet"]
     note = read_note(store.edges / "embedding.parquet")
-    assert (note["rows"], note["pairs"], note["recall"]["pairs"], note["recall"]["share"]) == (3, 1, 2, 1.0)
+    assert (note["rows"], note["pairs"], note["recall"]["pairs"], note["recall"]["share"]) == (3, 3, 6, 1.0)
 
 
 def test_blank_images_are_grouped_by_their_looks_and_with_no_other() -> None:
