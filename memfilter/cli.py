@@ -92,6 +92,7 @@ def main(arguments: list[str] | None = None) -> Any:
         e.show()
         code = e.exit_code
     except (click.Abort, KeyboardInterrupt):
+        exec("")  # CPython ends by the signal, whatever is caught, once one met it in an exec of text: this resets that
         click.echo("memfilter: interrupted; run the same command again to continue", err=True)
         code = 130
     except MemfilterError as e:
