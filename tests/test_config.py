@@ -45,6 +45,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "policy": {"image_duplicate": "drop", "caption_duplicate": "record", "magnitude": "mask", "pool_captions": True},
     "output": {"shards": True},
+    "generalise": {
+        "joint_count": 2,
+        "image_count": None,
+        "caption_count": None,
+        "generality": None,
+        "magnitude": None,
+        "model": None,
+        "endpoint": None,
+        "timeout": 60.0,
+        "batch_size": 8,
+    },
 }
 
 # another value of every key
@@ -76,6 +87,14 @@ OTHERS: dict[str, Any] = {
     "policy.magnitude": "record",
     "policy.pool_captions": False,
     "output.shards": False,
+    "generalise.joint_count": None,
+    "generalise.image_count": 5,
+    "generalise.caption_count": 10,
+    "generalise.generality": 3.5,
+    "generalise.magnitude": 2.0,
+    "generalise.model": "a/folder",
+    "generalise.timeout": 5.0,
+    "generalise.batch_size": 64,
 }
 KEYS = [f"{section}.{key}" for section, keys in DEFAULTS.items() for key in keys]
 
