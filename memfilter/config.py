@@ -162,12 +162,6 @@ class Generalise(_Section):
     timeout: Annotated[float, Field(gt=0, le=86_400)] = 60.0  # seconds in which the endpoint answers
     batch_size: Annotated[int, Field(ge=1)] = 8
 
-    @model_validator(mode="after")
-    def _named(self) -> Generalise:
-        if self.endpoint is not None and self.model is None:
-            raise PydanticCustomError("model", "An endpoint needs the name of its model as generalise.model")
-        return self
-
 
 class Output(_Section):
     """What is written beside the manifest."""

@@ -15,9 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .config import Generalise, digest_of
-from .errors import RunError
-from .manifest import Manifest
-from .records import GENERALISED, MANIFEST, MASK, Decisions, Ints, Samples, Scores
+from .errors import ConfigError, RunError
+from .records import GENERALISED, MASK, Decisions, Ints, Samples, Scores
 from .rewriters import Answer, Rewriter
 from .store import Store, done, read_digest, read_note, read_table, replacing, write_table
 
@@ -29,24 +28,25 @@ FLAGS = ("joint_count", "image_count", "caption_count", "magnitude", "generality
 Progress = Callable[[Iterator[tuple[int, Answer]], int], Iterator[tuple[int, Answer]]]
 
 
-def flagged(manifest: Manifest, samples: Samples, settings: Generalise) -> npt.NDArray[np.bool_]:
-    """Tell which samples' captions are to be rewritten: of those kept or masked, with a caption, the ones that repeat
-    often enough, whose caption is specific enough, or whose magnitude is high enough.
+def flagged(rows: pa.Table, threshold: float | None, settings: Generalise) -> npt.NDArray[np.bool_]:
+    """Tell which rows of a manifest are kept or masked and repeat often enough, are specific enough, or have a
+    magnitude that is high enough to be rewritten; null is none of these.
 
-    Null is none of these.  Without a magnitude of its own the run's threshold counts.
+    Without a magnitude of its own the run's `threshold` counts.  Raises ConfigError where generality is asked for and
+    no row has one.
     """
-    rows = manifest.table(["action", *(name for name in FLAGS if name in MANIFEST.names)])
     limits = settings.model_dump(include={*FLAGS})
     if limits["magnitude"] is None:
-        limits["magnitude"] = manifest.info["threshold"]
-    found = np.zeros(len(samples), bool)
+        limits["magnitude"] = threshold
+    found = np.zeros(len(rows), bool)
     for name, limit in limits.items():
-        if limit is not None and name in rows.column_names:
+        has_any = name in rows.column_names and rows[name].null_count < len(rows)
+        if name == "generality" and limit is not None and len(rows) and not has_any:
+            raise ConfigError("generalise.generality is given and no sample of the run has a generality score")
+        if limit is not None and has_any:
             compare = pc.less_equal if name == "generality" else pc.greater_equal
             found |= compare(rows[name], pa.scalar(limit, rows[name].type)).fill_null(False).to_numpy()
-    trained = pc.is_in(rows["action"], pa.array(["keep", "mask"])).to_numpy()
-    has_caption = samples.table["fingerprint"].is_valid().to_numpy()
-    return np.asarray(found & trained & has_caption)
+    return np.asarray(found & pc.is_in(rows["action"], pa.array(["keep", "mask"])).to_numpy())
 
 
 def rewrite(texts: pa.Array, rewriter: Rewriter, store: Store, note: dict[str, Any], progress: Progress) -> None:

@@ -24,7 +24,7 @@ from .generalisation import FLAGS, flagged, general_captions, outcome, read_gene
 from .groups import distinct_captions, group, load_samples
 from .magnitude import check_threshold, score_captions, threshold
 from .manifest import Manifest
-from .records import ACTIONS, MASK, Decisions, Samples, Scores, Shard
+from .records import ACTIONS, MANIFEST, MASK, Decisions, Samples, Scores, Shard
 from .rewriters import Answer, find_rewriter
 from .shards import find_shards
 from .signatures import DuplicateGauge, Signed, check_hash, is_signed, sign, versions, was_skipped
@@ -92,7 +92,9 @@ def generalise(
         samples = load_samples(finished.shards, store, config.images.json_fields)
         captions, caption = distinct_captions(samples, store)
         rewriter = find_rewriter(config.generalise, captions["text"], read_digest(store.captions))
-        wanted = flagged(found, samples, config.generalise)
+        rows = found.table(["action", *(name for name in FLAGS if name in MANIFEST.names)])
+        wanted = flagged(rows, found.info["threshold"], config.generalise)
+        wanted &= samples.table["fingerprint"].is_valid().to_numpy()  # with a caption
         texts = captions["text"].take(pa.array(np.unique(caption[wanted])))
         flags = config.generalise.model_dump(include={*FLAGS})
         note = {"captions": read_digest(store.captions), "flags": flags, "samples": int(wanted.sum())}

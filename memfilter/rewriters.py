@@ -59,11 +59,13 @@ def find_rewriter(settings: Generalise, texts: pa.ChunkedArray, captions_digest:
 
     `texts` are the run's distinct captions, by which the rule judges words.
     """
+    if settings.model is None:
+        if settings.endpoint is not None:
+            raise ConfigError(f"{settings.endpoint}: name the endpoint's model with --model or generalise.model")
+        return Rule(texts, captions_digest)
     if settings.endpoint is not None:
-        return Endpoint(settings.endpoint, str(settings.model), settings.timeout, settings.batch_size)
-    if settings.model is not None:
-        return LocalModel(settings.model, settings.batch_size)
-    return Rule(texts, captions_digest)
+        return Endpoint(settings.endpoint, settings.model, settings.timeout, settings.batch_size)
+    return LocalModel(settings.model, settings.batch_size)
 
 
 def checked(caption: str, answer: Any) -> Answer:
@@ -285,8 +287,8 @@ class Rule:
     * numbers: words with a digit of any script;
     * names: words that begin with a capital and that the captions' sentences hold, but for their first words, more
       often with a capital than all captions hold them without one;
-    * rare words: those in fewer than 2 of the captions, or in fewer than 1 of 10,000 where that is more; never a
-      stretch in a script without spaces, which is no word.
+    * rare words: those in fewer than 2 of the captions, or in fewer than 1 of 10,000 where that is more; never signs
+      or a stretch in a script without spaces, which are no words.
 
     What stands between the words that are left is a space where the caption had one.  Where every word goes the cause
     is `nothing_left`, and `unchanged` where none does.  A language that writes all nouns with capitals, as German
@@ -323,8 +325,8 @@ class Rule:
                     starts = token.rstrip("\"'”’)»」").endswith(_SENTENCE_END)
                 holding.update(words)
         enough = max(2, len(self.texts) / 10_000)
-        unspaced = re.compile(f"[{_UNSPACED}]")
-        rare = {word for word in wanted if holding[word] < enough and not unspaced.match(word)}
+        no_word = re.compile(f"[{_UNSPACED}]|[^\\w]*$")
+        rare = {word for word in wanted if holding[word] < enough and not no_word.match(word)}
         return {word for word in wanted if large[word] > small[word]}, rare
 
 

@@ -93,6 +93,7 @@ OTHERS: dict[str, Any] = {
     "generalise.generality": 3.5,
     "generalise.magnitude": 2.0,
     "generalise.model": "a/folder",
+    "generalise.endpoint": "http://localhost:8000/v1",
     "generalise.timeout": 5.0,
     "generalise.batch_size": 64,
 }
@@ -187,7 +188,10 @@ def test_text_in_any_script_is_read_as_it_is(tmp_path: Path) -> None:
 
 def test_an_unknown_section_is_named_beside_the_known_ones(tmp_path: Path) -> None:
     message = refusal(tmp_path, "image: {hash: phash}")
-    assert message == "unknown key 'image'; the keys there are: input, images, captions, magnitude, policy, output"
+    assert (
+        message
+        == "unknown key 'image'; the keys there are: input, images, captions, magnitude, policy, output, generalise"
+    )
 
 
 def test_an_unknown_section_without_keys_is_refused_too(tmp_path: Path) -> None:
@@ -205,6 +209,12 @@ def test_an_unknown_key_is_named_before_a_value_out_of_range(tmp_path: Path) -> 
 
 
 WRONG = {
+    "generalise.joint_count": ["0", "two"],
+    "generalise.generality": ["11.0", "-1.0"],
+    "generalise.magnitude": ["-1.0", ".inf"],
+    "generalise.endpoint": ["localhost", "'ftp://a/b'"],
+    "generalise.timeout": ["0.0"],
+    "generalise.batch_size": ["0", "null"],
     "input.root": ["3", "[a]"],
     "input.caption": ["text", "null", "1"],
     "input.caption_field": ["null", "3"],

@@ -31,6 +31,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T
 import memfilter
 from memfilter import Config, ConfigError, Manifest, ModelError, RunError
 from memfilter.cli import cli
+from memfilter.config import Generalise
+from memfilter.generalisation import flagged
 from memfilter.magnitude import Scorer
 from memfilter.rewriters import PROMPT, LocalModel, Rule, checked
 
@@ -210,28 +212,31 @@ def test_later_decisions_keep_the_general_captions(run: Path, shards: Path, serv
     whole = tree(run)
     memfilter.rethreshold(run, workers=1)
     assert tree(run) == whole
-    (tmp_path / "radius.yaml").write_text("policy: {image_duplicate: mask}")
-    other = memfilter.rethreshold(run, tmp_path / "radius.yaml", workers=1)
-    assert other.info["generalised"]["pools"] == 10  # a copy that stays has the caption too
+    (tmp_path / "mask.yaml").write_text("policy: {image_duplicate: mask}")
+    other = memfilter.rethreshold(run, tmp_path / "mask.yaml", workers=1)
+    assert other.info["generalised"]["pools"] == 11  # a copy that stays has the caption too
     memfilter.run([str(shards)], run, config(), workers=1)
     again = tree(run)
     assert {n: d for n, d in again.items() if n != "run.json"} == {n: d for n, d in whole.items() if n != "run.json"}
 
 
 def test_general_captions_of_another_set_of_captions_are_not_used_and_told(
-    run: Path, shards: Path, tmp_path: Path, serve: Serve, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
-    memfilter.generalise(run, settings=serve(class_of).settings)
-    more = Path(shutil.copytree(shards, tmp_path / "more"))
-    write_tar(more / "2.tar", sample("1", encoded(picture(77)), "one more"))
-    manifest = memfilter.run([str(more)], run, config(), workers=1)
+    shards, out, server = make_shards(tmp_path / "in"), tmp_path / "out", serve(class_of)
+    memfilter.run([str(shards)], out, config(), workers=1)
+    memfilter.generalise(out, settings=server.settings)
+    write_tar(shards / "2.tar", sample("1", encoded(picture(77)), "one more"))
+    manifest = memfilter.run([str(shards)], out, config(), workers=1)
     assert manifest.info["generalised"] is None
     assert "run 'memfilter generalise' again" in caplog.text
-    assert pools(manifest, run)[PAIRS[1]] is None
-    server = serve(class_of)
-    again = memfilter.generalise(run, settings=server.settings)
-    assert pools(again, run)[PAIRS[1]] == [PAIRS[1], "an animal"]
-    assert memfilter.verify(run) == []
+    assert pools(manifest, out)[PAIRS[1]] == [PAIRS[1]]
+    assert memfilter.verify(out) == []
+    server.asked = []
+    again = memfilter.generalise(out, settings=server.settings)
+    assert server.asked == []  # the answers are kept
+    assert pools(again, out)[PAIRS[1]] == [PAIRS[1], "an animal"]
+    assert memfilter.verify(out) == []
 
 
 def test_no_pool_is_made_where_the_policy_says_so(run: Path, serve: Serve, tmp_path: Path) -> None:
@@ -357,7 +362,7 @@ def test_answers_of_a_rewriter_outlast_another(run: Path, serve: Serve) -> None:
     memfilter.generalise(run, settings=server.settings)
     whole = tree(run)
     memfilter.generalise(run, settings={"endpoint": None, "model": None})
-    assert table(run)[PAIRS[0]] == ("a runs near", None)
+    assert table(run)[PAIRS[0]] == ("a dog runs near", None)
     server.asked = []
     memfilter.generalise(run, settings=server.settings)
     assert server.asked == []
@@ -485,19 +490,12 @@ def test_an_answer_does_not_depend_on_its_company(language_model: Path) -> None:
 
 def test_a_chat_template_is_used(language_model: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(language_model, tmp_path / "chat"))
-    (folder / "chat_template.jinja").write_text(
-        "{{ 'park' if add_generation_prompt else '' }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    )
+    # only in this template does the model see the caption's own subject
+    template = "{% for m in messages %}{{ m['content'].replace('fish', 'truck') }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
     plain, chat = LocalModel(str(language_model), 2), LocalModel(str(folder), 2)
     assert plain.identity != chat.identity
-    assert rewritten(chat, PAIRS[:1])[0][1] in (None, "too_long", "empty")
-    assert chat._ids("a dog")[1:] == plain_ids(plain, "a dog")
-    assert chat.tokenizer.convert_ids_to_tokens(chat._ids("a dog"))[0] == "parkRewrite"[:4] or True
-
-
-def plain_ids(model: LocalModel, caption: str) -> list[int]:
-    list(model.rewrite(["a dog"]))
-    return model._ids(caption)
+    assert rewritten(chat, ["fish"]) == [("a vehicle", None)]
 
 
 def test_a_prompt_longer_than_the_model_is_a_cause(tmp_path: Path, language_model: Path) -> None:
@@ -560,8 +558,8 @@ def test_the_rule_removes_numbers_names_and_rare_words() -> None:
 
 def test_a_word_is_a_name_by_how_the_captions_mostly_write_it() -> None:
     others = ["the rose is red", "one rose and Rose", "we met Rose", "he met Rose", "we met Turner", "he met Turner"]
-    assert by_rule(["we met Rose and Turner"], [*others, "a rose"]) == [("we met Rose and", None)]
-    assert by_rule(["we met Rose and Turner"], [*others, "and no Rose"]) == [("we met and", None)]
+    assert by_rule(["we met Rose and Turner"], [*others, "a rose", "no rose"]) == [("we met Rose and", None)]
+    assert by_rule(["we met Rose and Turner"], others) == [("we met and", None)]
 
 
 def test_the_first_word_of_a_sentence_tells_nothing_of_its_case() -> None:
@@ -586,7 +584,7 @@ def test_the_first_word_of_a_sentence_tells_nothing_of_its_case() -> None:
             [(None, "unchanged"), (None, "unchanged"), (None, "nothing_left"), (None, "unchanged")],
         ),
         (["unique", "singular words"], [(None, "nothing_left")] * 2),
-        (["x" * 100_000, "a \u202eb\u202c a", "a b"], [(None, "nothing_left"), None, (None, "unchanged")]),
+        (["x" * 100_000, "a \u202eb\u202c a", "a b"], [(None, "nothing_left"), None, ("a", None)]),
     ],
     ids=["han", "thai", "arabic", "hindi", "cyrillic", "korean", "signs", "rare", "long"],
 )
@@ -600,7 +598,7 @@ def test_the_rule_is_the_default_and_the_same_on_every_call(run: Path) -> None:
     manifest = memfilter.generalise(run)
     assert manifest.info["generalised"]["by"] == "rule"
     assert table(run) == {
-        PAIRS[0]: ("a runs near", None) if "a dog" not in SINGLES[0] else ("a dog runs near", None),
+        PAIRS[0]: ("a dog runs near", None),
         PAIRS[1]: (None, "unchanged"),
         PAIRS[2]: ("a truck", None),
         PAIRS[3]: ("a horse stands in", None),
@@ -626,6 +624,26 @@ def test_samples_are_flagged_by_each_count(run: Path) -> None:
     assert flagged_captions(run, joint_count=3) == {PAIRS[3]}
     assert flagged_captions(run, joint_count=3, image_count=3) == {PAIRS[0], PAIRS[3]}
     assert flagged_captions(run, joint_count=None, image_count=None, caption_count=1) == {*PAIRS, *SINGLES}
+
+
+def test_null_is_never_flagged_and_low_generality_is() -> None:
+    columns = {
+        "action": ["keep", "keep", "mask", "drop", "keep", "bad"],
+        "joint_count": pa.array([1, 1, 1, 9, 2, 1], pa.int32()),
+        "magnitude": pa.array([None, 1.5, None, 9.0, None, None], pa.float32()),
+        "generality": pa.array([None, 7.0, 3.1, 1.0, None, None], pa.float32()),
+    }
+    rows = pa.table(columns)
+
+    def found(threshold: float | None = None, **settings: Any) -> list[int]:
+        return np.flatnonzero(flagged(rows, threshold, Generalise(**settings))).tolist()
+
+    assert found() == [4]
+    assert found(generality=3.1, joint_count=None) == [2]
+    assert found(threshold=1.5) == [1, 4]
+    assert found(threshold=1.5, magnitude=2.0) == [4]
+    with pytest.raises(ConfigError, match="no sample of the run has a generality score"):
+        flagged(rows.drop_columns("generality"), None, Generalise(generality=3.0))
 
 
 @pytest.fixture(scope="module")
@@ -692,7 +710,10 @@ def test_the_command_prints_one_line_and_takes_an_endpoint(run: Path, serve: Ser
 
 
 def test_an_endpoint_needs_a_url_and_the_name_of_its_model(run: Path, tmp_path: Path) -> None:
-    for settings, message in (({"endpoint": "http://x/v1"}, "name of its model"), ({"endpoint": "x"}, "pattern")):
+    for settings, message in (
+        ({"endpoint": "http://x/v1"}, "name the endpoint's model"),
+        ({"endpoint": "x"}, "pattern"),
+    ):
         with pytest.raises(ConfigError, match=message):
             memfilter.generalise(run, settings=settings)
     with pytest.raises(RunError, match="holds no run"):
