@@ -70,6 +70,7 @@ def rethreshold(path: str | Path, config_file: str | Path | None = None, workers
     """
     finished = _Finished(path, config_file)
     with finished.store.locked():
+        finished.check()
         return finished.decide(workers)
 
 
@@ -87,17 +88,18 @@ def generalise(
     finished = _Finished(path, config_file, settings or {})
     store, config = finished.store, finished.config
     with store.locked():
-        is_decided = (store.manifest / "manifest.json").exists() and finished.is_decided_alike
-        found = Manifest.load(path) if is_decided else finished.decide(workers)
+        finished.check()
         samples = load_samples(finished.shards, store, config.images.json_fields)
         captions, caption = distinct_captions(samples, store)
+        has_caption = samples.table["fingerprint"].is_valid().to_numpy()
+        del samples  # large, and read again to decide
         rewriter = find_rewriter(config.generalise, captions["text"], read_digest(store.captions))
+        found = finished.decide(workers)
         rows = found.table(["action", *(name for name in FLAGS if name in MANIFEST.names)])
-        wanted = flagged(rows, found.info["threshold"], config.generalise)
-        wanted &= samples.table["fingerprint"].is_valid().to_numpy()  # with a caption
-        texts = captions["text"].take(pa.array(np.unique(caption[wanted])))
+        wanted = flagged(rows, found.info["threshold"], config.generalise) & has_caption
         flags = config.generalise.model_dump(include={*FLAGS})
         note = {"captions": read_digest(store.captions), "flags": flags, "samples": int(wanted.sum())}
+        texts = captions["text"].take(pa.array(np.unique(caption[wanted])))
         rewrite(texts, rewriter, store, note, _rewriting_bar)
         return finished.decide(workers)
 
@@ -126,10 +128,9 @@ class _Finished:
         check_hash(self.config)
         if self.config.magnitude.model != before.magnitude.model:
             self.model = find_model(self.config.magnitude.model) if self.config.magnitude.model else None
-        self.is_decided_alike = self.config.model_copy(update={"generalise": before.generalise}) == before
 
-    def decide(self, workers: int | None) -> Manifest:
-        """Decide and write, and store the configuration as the run's own; the directory is locked."""
+    def check(self) -> None:
+        """Raise RunError where a shard was not read, ConfigError where it was read under another configuration."""
         for shard in self.shards:
             path = self.store.signatures(shard.name)
             if not path.exists():
@@ -142,6 +143,9 @@ class _Finished:
                     "keys of 'input', images.hash, decode and encoder, and other fields of the json in images.keep, "
                     "need 'memfilter run'"
                 )
+
+    def decide(self, workers: int | None) -> Manifest:
+        """Decide and write, and store the configuration as the run's own; the directory is locked."""
         workers = workers or executors.default_workers()
         done = _decide_and_write(self.shards, self.model, self.store, self.config, workers)
         settings = {"config": self.config.model_dump(mode="json"), "model": self.model and astuple(self.model)}

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import webdataset as wds
 import yaml
 from click.testing import CliRunner
 from conftest import encoded, picture, sample, write_tar
@@ -198,6 +199,14 @@ def test_the_general_captions_stand_last_in_the_pools_of_the_flagged_and_nowhere
     assert server.url not in (run / "manifest" / "manifest.json").read_text()
 
 
+def test_a_general_caption_that_is_in_the_pool_already_stands_there_once(run: Path, serve: Serve) -> None:
+    manifest = memfilter.generalise(run, settings=serve(lambda c: {PAIRS[0]: SINGLES[3]}.get(c, "listed")).settings)
+    found = pools(manifest, run)
+    assert found[PAIRS[3]] == [PAIRS[3], "listed", "a horse"]
+    assert found[PAIRS[0]] == [PAIRS[0], "it runs", SINGLES[3]]  # a caption that another sample has
+    assert found[SINGLES[3]] is None
+
+
 def test_verify_covers_the_generalised_captions(run: Path) -> None:
     memfilter.generalise(run)
     file = run / "generalised" / "captions.parquet"
@@ -322,7 +331,8 @@ def test_a_refused_key_or_model_ends_the_command_in_one_line(run: Path, serve: S
     server = serve(lambda _: (401, b'{"error": {"message": "no such key"}}'))
     with pytest.raises(ModelError, match=r"refuses 'small' with status 401; check OPENAI_API_KEY[^\n]*$"):
         memfilter.generalise(run, settings=server.settings)
-    assert {n: d for n, d in tree(run).items() if n in before} == before
+    after = tree(run)  # run.json has the settings, so that the command goes on with another key
+    assert {n for n in before if after.get(n) != before[n]} == {"run.json"}
     assert memfilter.verify(run) == []
 
 
@@ -691,6 +701,23 @@ def test_samples_are_flagged_by_magnitude_at_the_runs_threshold_or_another(score
     manifest = memfilter.generalise(scored, tmp_path / "c.yaml", settings={"joint_count": None})
     assert manifest.info["generalised"]["flagged"] == 3  # masked ones too
     assert manifest.counts["mask"] >= 3
+
+
+def test_a_masked_keeper_of_a_memorized_caption_trains_on_the_general_one_alone(
+    shards: Path, denoiser: Path, serve: Serve, tmp_path: Path
+) -> None:
+    memorized, *general = Scorer.load(str(denoiser), batch_size=8).score([PAIRS[2], "a vehicle", "an animal"])[:, 0]
+    assert memorized > max(general)
+    magnitude = {"model": str(denoiser), "batch_size": 8, "threshold": float(memorized)}
+    memfilter.run([str(shards)], tmp_path / "out", config(magnitude=magnitude), workers=1)
+    manifest = memfilter.generalise(tmp_path / "out", settings=serve(class_of).settings)
+    rows = [r for r in manifest.table().to_pylist() if r["action"] == "mask" and r["magnitude"] == memorized]
+    assert [(r["captions"], r["loss_weight"]) for r in rows] == [(["a vehicle"], 0.0)]
+    assert manifest.root is not None
+    urls = [f"{manifest.root}/{name}" for name in manifest.shards]
+    data = wds.WebDataset(urls, shardshuffle=False).compose(manifest.attach(captions="pool"))
+    drawn = {s["txt"].decode(): (s["captions"], s["loss_weight"]) for s in data if "captions" in s}
+    assert drawn[PAIRS[2]] == (["a vehicle"], 1.0)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
