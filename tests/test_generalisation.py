@@ -736,6 +736,24 @@ def test_the_command_prints_one_line_and_takes_an_endpoint(run: Path, serve: Ser
     assert CliRunner().invoke(cli, ["generalise", str(run), "--rule", "--model", "x"]).exit_code == 2
 
 
+def test_without_the_client_the_extra_is_named(run: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ConfigError, match=r"pip install 'memfilter\[generalise\]'$"):
+        memfilter.generalise(run, settings=serve(class_of).settings)
+
+
+def test_a_damaged_table_is_told_and_made_again(run: Path) -> None:
+    memfilter.generalise(run)
+    whole = tree(run)
+    file = run / "generalised" / "captions.parquet"
+    file.write_bytes(b"cut off")
+    with pytest.raises(RunError, match=r"captions\.parquet: damaged; delete it and run 'memfilter generalise' again"):
+        memfilter.rethreshold(run, workers=1)
+    file.unlink()
+    memfilter.generalise(run)
+    assert tree(run) == whole
+
+
 def test_an_endpoint_needs_a_url_and_the_name_of_its_model(run: Path, tmp_path: Path) -> None:
     for settings, message in (
         ({"endpoint": "http://x/v1"}, "name the endpoint's model"),
