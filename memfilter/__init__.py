@@ -10,7 +10,7 @@ from importlib.metadata import version
 from .config import Config
 from .errors import ConfigError, InputError, MemfilterError, ModelError, RunError, ShardError, WorkerError
 from .manifest import Manifest
-from .pipeline import rethreshold, run
+from .pipeline import generalise, rethreshold, run
 from .verification import verify
 
 __version__ = version("memfilter")
@@ -26,6 +26,7 @@ __all__ = [
     "ShardError",
     "WorkerError",
     "__version__",
+    "generalise",
     "rethreshold",
     "run",
     "verify",

@@ -62,6 +62,30 @@ def rethreshold(directory: Path, config: Path | None, workers: int | None) -> No
 
 @cli.command()
 @click.argument("directory", type=click.Path(path_type=Path))
+@_CONFIG
+@click.option("--model", help="A transformers language model's folder, or the name of the endpoint's model.")
+@click.option("--endpoint", metavar="URL", help="An OpenAI-compatible endpoint; its key is OPENAI_API_KEY.")
+@click.option("--rule", is_flag=True, help="No model: remove names, numbers and rare words.")
+@_WORKERS
+def generalise(
+    directory: Path, config: Path | None, model: str | None, endpoint: str | None, rule: bool, workers: int | None
+) -> None:
+    """Rewrite the captions of flagged samples in a run's DIRECTORY as general ones, for the pools of captions.
+
+    The same command continues one that was interrupted, and asks again for what had no answer.
+    """
+    from . import pipeline, summary
+
+    if rule and (model or endpoint):
+        raise click.UsageError("--rule takes no --model and no --endpoint")
+    given = {name: value for name, value in (("model", model), ("endpoint", endpoint)) if value}
+    settings = {"model": None, "endpoint": None, **given} if rule or model else given
+    manifest = pipeline.generalise(directory, config, workers, settings)
+    click.echo(summary.generalised_line(manifest.info["generalised"]))
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
 def verify(directory: Path) -> None:
     """Check every byte and count of a finished run in DIRECTORY."""
     from .manifest import Manifest

@@ -149,6 +149,20 @@ class Policies(_Section):
     pool_captions: bool = True
 
 
+class Generalise(_Section):
+    """Which captions `memfilter generalise` rewrites, and by what: a local model, an endpoint's, or else a rule."""
+
+    joint_count: Annotated[int, Field(ge=1)] | None = 2  # at or above
+    image_count: Annotated[int, Field(ge=1)] | None = None
+    caption_count: Annotated[int, Field(ge=1)] | None = None
+    generality: Annotated[float, Field(ge=0, le=10)] | None = None  # at or below
+    magnitude: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # at or above; None: the run's own
+    model: str | None = None
+    endpoint: Annotated[str, Field(pattern="^https?://")] | None = None
+    timeout: Annotated[float, Field(gt=0, le=86_400)] = 60.0  # seconds in which the endpoint answers
+    batch_size: Annotated[int, Field(ge=1)] = 8
+
+
 class Output(_Section):
     """What is written beside the manifest."""
 
@@ -164,6 +178,7 @@ class Config(_Section):
     magnitude: Magnitude = Magnitude()
     policy: Policies = Policies()
     output: Output = Output()
+    generalise: Generalise = Generalise()
 
     @classmethod
     def load(cls, path: str | Path | None, base: Config | None = None) -> Config:

@@ -20,8 +20,11 @@ def decide(
     scores: Scores | None,
     threshold: float | None,
     policy: Policies,
+    general: pa.Array | None = None,
 ) -> Decisions:
     """Return the decisions.  At or above `threshold` a caption counts as memorized.
+
+    `general` holds of each distinct caption the general one that joins the pools of its samples, null for none.
 
     An image duplicate is any member of an image group but its keeper.  A caption duplicate is any member of a caption
     group but one: the best-ranked of those that the other policies treat the least harshly, so that a group never
@@ -49,7 +52,9 @@ def decide(
     duplication = np.select(
         [groups.joint_count > 1, groups.image_count > 1, groups.caption_count > 1], [3, 2, 1], 0
     ).astype(np.int8)
-    pooled = _pool(samples, groups, captions, over, action) if policy.pool_captions else _nothing(len(samples))
+    pooled = _nothing(len(samples))
+    if policy.pool_captions:
+        pooled = _pool(samples, groups, captions, over, action, general)
     return Decisions(action, reasons, codes, canonical, duplication, pooled)
 
 
@@ -63,39 +68,63 @@ def _spared(groups: Groups, action: Ints) -> Ints:
 
 
 def _pool(
-    samples: Samples, groups: Groups, captions: pa.Table, over: npt.NDArray[np.bool_], action: npt.NDArray[np.int8]
+    samples: Samples,
+    groups: Groups,
+    captions: pa.Table,
+    over: npt.NDArray[np.bool_],
+    action: npt.NDArray[np.int8],
+    general: pa.Array | None,
 ) -> pa.ListArray:
     """Return of each kept or masked sample its own captions and those of its dropped copies, without the memorized.
 
     Null where there was nothing to pool.  A sample's own caption comes first, then its json's `captions`, then its
-    copies' in the order of their rank.  Empty captions are not pooled.
+    copies' in the order of their rank, and the general form of its own caption last.  Captions without a visible
+    character are not pooled.
     """
     n = len(samples)
+    texts, rewritten = _with_general(captions["text"].combine_chunks().cast(pa.large_string()), general)
+    unwanted = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0).to_numpy(zero_copy_only=False)
+    unwanted = unwanted | np.pad(over[:-1], (0, len(texts) - len(captions)))
     lists = samples.table["captions"].cast(pa.large_list(pa.large_string())).combine_chunks()
     own = np.flatnonzero(samples.good)
     listed = pc.list_parent_indices(lists).to_numpy()
-    listed_caption = pc.index_in(pc.list_flatten(lists), captions["text"].cast(pa.large_string()).combine_chunks())
+    listed_caption = pc.index_in(pc.list_flatten(lists), texts).to_numpy().astype(np.int64)
     source = np.concatenate([own, listed])
-    caption = np.concatenate([groups.caption[own], listed_caption.to_numpy().astype(np.int64)])
+    caption = np.concatenate([groups.caption[own], listed_caption])
     # a copy that is not dropped keeps its captions to itself
     target = np.where(action[source] == DROP, groups.image_group[source], source)
     place = np.concatenate([np.zeros(len(own), np.int64), 1 + np.arange(len(listed))])
+    turn = np.where(source == target, -1, groups.rank[source])
+    if len(captions):
+        flagged = own[rewritten[groups.caption[own]] >= 0]
+        source, target = np.append(source, flagged), np.append(target, flagged)
+        caption = np.append(caption, rewritten[groups.caption[flagged]])
+        place, turn = np.append(place, np.ones(len(flagged), np.int64)), np.append(turn, np.full(len(flagged), n))
 
     has_pool = np.zeros(n, bool)
     has_pool[target[(target != source) | (place > 0)]] = True
-    empty = len(captions) > 0 and captions["text"][0].as_py() == ""  # sorted: the empty text is the first
-    wanted = has_pool[target] & (action[target] <= MASK) & ~over[caption] & ~((caption == 0) & empty)
-    source, caption, target, place = (x[wanted] for x in (source, caption, target, place))
-    order = np.lexsort((place, np.where(source == target, -1, groups.rank[source]), target))
+    wanted = has_pool[target] & (action[target] <= MASK) & ~unwanted[caption]
+    caption, target, place, turn = (x[wanted] for x in (caption, target, place, turn))
+    order = np.lexsort((place, turn, target))
     target, caption = target[order], caption[order]
-    _, once = np.unique(target * len(captions) + caption, return_index=True)
+    _, once = np.unique(target * len(texts) + caption, return_index=True)
     once.sort()
     target, caption = target[once], caption[once]
-    lengths = np.bincount(target, minlength=n)
-    offsets = np.r_[0, np.cumsum(lengths)]
+    offsets = np.r_[0, np.cumsum(np.bincount(target, minlength=n))]
     none = ~has_pool | (action > MASK)
-    values = captions["text"].take(pa.array(caption)).combine_chunks().cast(pa.string())
+    values = texts.take(pa.array(caption)).cast(pa.string())
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, mask=pa.array(none))
+
+
+def _with_general(texts: pa.Array, general: pa.Array | None) -> tuple[pa.Array, Ints]:
+    """Return the distinct captions with the general ones behind them, and of each of the former the general one's row.
+
+    A general caption that is among the distinct ones has their row; -1 stands for none.
+    """
+    if general is None:
+        return texts, np.full(len(texts), -1)
+    both = pc.unique(pa.concat_arrays([texts, general.drop_null()]))  # in the order of first appearance
+    return both, pc.index_in(general, both).fill_null(-1).to_numpy().astype(np.int64)
 
 
 def _nothing(n: int) -> pa.ListArray:

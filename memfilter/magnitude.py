@@ -160,8 +160,11 @@ def score_captions(
     store: Store,
     config: Config,
     progress: Progress,
+    generalised: pa.ChunkedArray | None = None,
 ) -> Scores | None:
     """Return the scores of the distinct captions, computed now or by an earlier run; None without a model.
+
+    Those of `generalised` captions have a table of their own, so that the others stay as they are.
 
     Scoring goes through fixed chunks of distinct conditions in the order of their token ids; each finished chunk is a
     file.  Raises ModelError, and ConfigError for a reference file that cannot be used.
@@ -185,8 +188,13 @@ def score_captions(
         digest = digest_of([base, "reference", lines.to_pylist()])
         table, _ = _table(pa.chunked_array([lines]), digest, store.scores / "reference.parquet", scorer, progress)
         reference = table["magnitude"].to_numpy()
+    general = None
+    if generalised is not None:
+        digest = digest_of([base, "generalised", generalised.to_pylist()])
+        table, _ = _table(generalised, digest, store.scores / "generalised.parquet", scorer, progress)
+        general = table["magnitude"].to_numpy()
     info = {"model": model.name, "files": model.files, **info}
-    return Scores(own["magnitude"].to_numpy(), own["magnitude_eps"].to_numpy(), reference, info)
+    return Scores(own["magnitude"].to_numpy(), own["magnitude_eps"].to_numpy(), reference, info, general)
 
 
 def _numbers(config: Config) -> str:

@@ -89,6 +89,11 @@ def _files(store: Store, samples: Samples, about: dict[str, Any]) -> dict[str, s
         paths.append(store.scores / "captions.parquet")
         if isinstance(config["magnitude"]["threshold"], dict) and "reference" in config["magnitude"]["threshold"]:
             paths.append(store.scores / "reference.parquet")
+    if about["generalised"] is not None:
+        paths += [
+            store.generalised,
+            *([store.scores / "generalised.parquet"] if about["magnitude"] is not None else []),
+        ]
     return {p.relative_to(store.path).as_posix(): file_digest(p) for p in paths}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
 from . import executors, manifest, sink
@@ -19,10 +20,12 @@ from .denoisers import ModelFiles, find_model
 from .edges import find_edges, similarity
 from .encoders import described, image_encoder, public_name
 from .errors import ConfigError, RunError
+from .generalisation import FLAGS, flagged, general_captions, outcome, read_generalised, rewrite
 from .groups import distinct_captions, group, load_samples
 from .magnitude import check_threshold, score_captions, threshold
 from .manifest import Manifest
-from .records import ACTIONS, MASK, Decisions, Samples, Scores, Shard
+from .records import ACTIONS, MANIFEST, MASK, Decisions, Samples, Scores, Shard
+from .rewriters import Answer, find_rewriter
 from .shards import find_shards
 from .signatures import DuplicateGauge, Signed, check_hash, is_signed, sign, versions, was_skipped
 from .store import Store, read_digest, read_note
@@ -65,35 +68,88 @@ def rethreshold(path: str | Path, config_file: str | Path | None = None, workers
     The file's keys are laid over the run's own configuration.  Raises ConfigError for a key that changes what was read
     from the pixels, RunError when the run was not finished.
     """
-    store = Store(path)
-    stored = store.read_run()
-    if stored is None:
-        raise RunError(f"{path}: holds no run; start one with 'memfilter run SHARDS... --out {path}'")
-    try:
-        before = Config.parse(stored["config"])
-        shards = [Shard(*values) for values in stored["shards"]]
-        model = ModelFiles(*stored["model"]) if stored["model"] else None
-    except (KeyError, TypeError) as e:
-        raise RunError(f"{store.run_file}: damaged ({e}); run 'memfilter run' again") from e
-    config = Config.load(config_file, base=before)
-    check_threshold(config)
-    check_hash(config)
-    if config.magnitude.model != before.magnitude.model:
-        model = find_model(config.magnitude.model) if config.magnitude.model else None
+    finished = _Finished(path, config_file)
+    with finished.store.locked():
+        finished.check()
+        return finished.decide(workers)
+
+
+def generalise(
+    path: str | Path,
+    config_file: str | Path | None = None,
+    workers: int | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Manifest:
+    """Rewrite the captions of flagged samples as general ones, and decide again with these in the pools.
+
+    The file's keys, and `settings` of `generalise`, are laid over the run's own configuration.  The same call continues
+    one that was interrupted, and asks again for what had no answer.  Raises what `rethreshold` does, and ModelError.
+    """
+    finished = _Finished(path, config_file, settings or {})
+    store, config = finished.store, finished.config
     with store.locked():
-        for shard in shards:
-            path = store.signatures(shard.name)
+        finished.check()
+        samples = load_samples(finished.shards, store, config.images.json_fields)
+        captions, caption = distinct_captions(samples, store)
+        has_caption = samples.table["fingerprint"].is_valid().to_numpy()
+        del samples  # large, and read again to decide
+        rewriter = find_rewriter(config.generalise, captions["text"], read_digest(store.captions))
+        found = finished.decide(workers)
+        rows = found.table(["action", *(name for name in FLAGS if name in MANIFEST.names)])
+        wanted = flagged(rows, found.info["threshold"], config.generalise) & has_caption
+        flags = config.generalise.model_dump(include={*FLAGS})
+        note = {"captions": read_digest(store.captions), "flags": flags, "samples": int(wanted.sum())}
+        texts = captions["text"].take(pa.array(np.unique(caption[wanted])))
+        rewrite(texts, rewriter, store, note, _rewriting_bar)
+        return finished.decide(workers)
+
+
+class _Finished:
+    """A finished run that is decided again, with the keys of a file, and some of `generalise`, over its own."""
+
+    def __init__(
+        self, path: str | Path, config_file: str | Path | None, generalise: dict[str, Any] | None = None
+    ) -> None:
+        self.store, self.config_file = Store(path), config_file
+        stored = self.store.read_run()
+        if stored is None:
+            raise RunError(f"{path}: holds no run; start one with 'memfilter run SHARDS... --out {path}'")
+        try:
+            before = Config.parse(stored["config"])
+            self.shards = [Shard(*values) for values in stored["shards"]]
+            self.model = ModelFiles(*stored["model"]) if stored["model"] else None
+        except (KeyError, TypeError) as e:
+            raise RunError(f"{self.store.run_file}: damaged ({e}); run 'memfilter run' again") from e
+        self.stored, self.config = stored, Config.load(config_file, base=before)
+        if generalise:
+            values = self.config.model_dump(mode="json")
+            self.config = Config.parse({**values, "generalise": {**values["generalise"], **generalise}})
+        check_threshold(self.config)
+        check_hash(self.config)
+        if self.config.magnitude.model != before.magnitude.model:
+            self.model = find_model(self.config.magnitude.model) if self.config.magnitude.model else None
+
+    def check(self) -> None:
+        """Raise RunError where a shard was not read, ConfigError where it was read under another configuration."""
+        for shard in self.shards:
+            path = self.store.signatures(shard.name)
             if not path.exists():
-                raise RunError(f"{store.path}: the run is not finished, {shard.name} was not read; finish it first")
-            if not is_signed(shard, path, config):
-                raise ConfigError(
-                    f"{config_file or store.path}: {shard.name} has no signatures under this configuration; keys of "
-                    "'input', images.hash, decode and encoder, and other fields of the json in images.keep, need "
-                    "'memfilter run'"
+                raise RunError(
+                    f"{self.store.path}: the run is not finished, {shard.name} was not read; finish it first"
                 )
-        done = _decide_and_write(shards, model, store, config, workers or executors.default_workers())
-        settings = {"config": config.model_dump(mode="json"), "model": model and astuple(model)}
-        store.write_run({**stored, **settings})
+            if not is_signed(shard, path, self.config):
+                raise ConfigError(
+                    f"{self.config_file or self.store.path}: {shard.name} has no signatures under this configuration; "
+                    "keys of 'input', images.hash, decode and encoder, and other fields of the json in images.keep, "
+                    "need 'memfilter run'"
+                )
+
+    def decide(self, workers: int | None) -> Manifest:
+        """Decide and write, and store the configuration as the run's own; the directory is locked."""
+        workers = workers or executors.default_workers()
+        done = _decide_and_write(self.shards, self.model, self.store, self.config, workers)
+        settings = {"config": self.config.model_dump(mode="json"), "model": self.model and astuple(self.model)}
+        self.store.write_run({**self.stored, **settings})
         return done
 
 
@@ -104,10 +160,14 @@ def _decide_and_write(
     edges = find_edges(samples, store, config)
     captions, caption = distinct_captions(samples, store)
     groups = group(samples, edges, captions, caption, config)
-    scores = score_captions(captions["text"], read_digest(store.captions), model, store, config, _scoring_bar)
+    rewritten = read_generalised(store)
+    further = rewritten["general"].drop_null() if rewritten is not None else None
+    scores = score_captions(captions["text"], read_digest(store.captions), model, store, config, _scoring_bar, further)
     limit = threshold(config, scores, caption[samples.good])
-    decisions = decide(samples, groups, captions, scores, limit, config.policy)
+    general = general_captions(rewritten, captions, scores, limit)
+    decisions = decide(samples, groups, captions, scores, limit, config.policy, general)
     about = _about(samples, decisions, scores, limit, store, config)
+    about["generalised"] = outcome(rewritten, general, samples, caption, decisions, store)
     about["found"] = statistics(samples, groups, decisions, scores, store)
     manifest.write_parts(store, samples, groups, decisions, scores, config.input.uid_field is not None)
     if config.output.shards:
@@ -169,6 +229,10 @@ def _scoring_bar(chunks: Iterator[int], total: int) -> Iterator[int]:
     return iter(tqdm(chunks, total=total, desc="magnitudes", unit="chunk", disable=None))
 
 
+def _rewriting_bar(answers: Iterator[tuple[int, Answer]], total: int) -> Iterator[tuple[int, Answer]]:
+    return iter(tqdm(answers, total=total, desc="generalised", unit="caption", disable=None))
+
+
 # -- small print ------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +254,7 @@ def _about(
     dump["input"]["root"] = None  # where the data lies is no part of the result
     dump["images"]["encoder"] = public_name(config.images.encoder)
     dump["magnitude"]["model"] = scores and scores.info["model"]
+    del dump["generalise"]  # what was rewritten, and by what, stands in `generalised`
     if isinstance(dump["magnitude"]["threshold"], dict) and "reference" in dump["magnitude"]["threshold"]:
         dump["magnitude"]["threshold"]["reference"] = Path(dump["magnitude"]["threshold"]["reference"]).name
     shards = []

@@ -100,6 +100,15 @@ SCORES = pa.schema(
     ]
 )
 
+GENERALISED = pa.schema(
+    [
+        pa.field("text", pa.large_string(), nullable=False),  # a flagged caption, distinct and sorted
+        pa.field("general", pa.large_string()),  # as it was rewritten
+        pa.field("cause", pa.string()),  # why it could not be
+        pa.field("by", pa.string(), nullable=False),  # the rewriter
+    ]
+)
+
 MANIFEST = pa.schema(
     [
         pa.field("uid", UID, nullable=False),
@@ -188,6 +197,7 @@ class Scores:
     magnitude_eps: Floats
     reference: Floats | None  # magnitudes of the reference captions, where the threshold asks for them
     info: dict[str, Any]
+    generalised: Floats | None = None  # magnitudes of the generalised captions, where there are any
 
 
 ACTIONS = ("keep", "mask", "drop", "bad")

@@ -43,6 +43,7 @@ class Store:
         self.edges = self.path / "edges"
         self.captions = self.path / "captions" / "captions.parquet"
         self.scores = self.path / "scores"
+        self.generalised = self.path / "generalised" / "captions.parquet"
         self.manifest = self.path / "manifest"
         self.shards = self.path / "shards"
 

@@ -102,6 +102,8 @@ def lines(info: dict[str, Any], out: str) -> list[str]:
         "together  " + ", ".join(f"{n:,} {kind}" for kind, n in found["duplication"].items()),
         _magnitude(info, out),
     ]
+    if info["generalised"]:
+        text.append(generalised_line(info["generalised"]))
     text += [_group(i, largest) for i, largest in enumerate(found["largest_groups"])]
     if found["bad"]:
         text.append("bad       " + ", ".join(f"{n:,} {code}" for code, n in found["bad"].items()))
@@ -131,6 +133,17 @@ def embedding_line(join: dict[str, Any]) -> str:
         interval = f"{recall['low']:.3f}-{recall['high']:.3f}, from {recall['rows']:,} sampled rows"
         found = f", recall {recall['share']:.3f} ({interval})"
     return f"embedding {join['pairs']:,} pairs{found}; {how}"
+
+
+def generalised_line(found: dict[str, Any]) -> str:
+    """Return the line that tells what became of the flagged captions."""
+    failed = ", ".join(f"{n:,} {cause}" for cause, n in found["failed"].items())
+    text = (
+        f"general   {found['flagged']:,} captions of {found['flagged_samples']:,} flagged samples: "
+        f"{found['rewritten']:,} rewritten by {found['by']}, {sum(found['failed'].values()):,} failed"
+    )
+    text += f" ({failed})" if failed else ""
+    return f"{text}; {found['over_threshold']:,} over the threshold; in the pools of {found['pools']:,} samples"
 
 
 def _group(place: int, group: dict[str, Any]) -> str:

@@ -45,6 +45,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "policy": {"image_duplicate": "drop", "caption_duplicate": "record", "magnitude": "mask", "pool_captions": True},
     "output": {"shards": True},
+    "generalise": {
+        "joint_count": 2,
+        "image_count": None,
+        "caption_count": None,
+        "generality": None,
+        "magnitude": None,
+        "model": None,
+        "endpoint": None,
+        "timeout": 60.0,
+        "batch_size": 8,
+    },
 }
 
 # another value of every key
@@ -76,6 +87,15 @@ OTHERS: dict[str, Any] = {
     "policy.magnitude": "record",
     "policy.pool_captions": False,
     "output.shards": False,
+    "generalise.joint_count": None,
+    "generalise.image_count": 5,
+    "generalise.caption_count": 10,
+    "generalise.generality": 3.5,
+    "generalise.magnitude": 2.0,
+    "generalise.model": "a/folder",
+    "generalise.endpoint": "http://localhost:8000/v1",
+    "generalise.timeout": 5.0,
+    "generalise.batch_size": 64,
 }
 KEYS = [f"{section}.{key}" for section, keys in DEFAULTS.items() for key in keys]
 
@@ -168,7 +188,10 @@ def test_text_in_any_script_is_read_as_it_is(tmp_path: Path) -> None:
 
 def test_an_unknown_section_is_named_beside_the_known_ones(tmp_path: Path) -> None:
     message = refusal(tmp_path, "image: {hash: phash}")
-    assert message == "unknown key 'image'; the keys there are: input, images, captions, magnitude, policy, output"
+    assert (
+        message
+        == "unknown key 'image'; the keys there are: input, images, captions, magnitude, policy, output, generalise"
+    )
 
 
 def test_an_unknown_section_without_keys_is_refused_too(tmp_path: Path) -> None:
@@ -186,6 +209,12 @@ def test_an_unknown_key_is_named_before_a_value_out_of_range(tmp_path: Path) -> 
 
 
 WRONG = {
+    "generalise.joint_count": ["0", "two"],
+    "generalise.generality": ["11.0", "-1.0"],
+    "generalise.magnitude": ["-1.0", ".inf"],
+    "generalise.endpoint": ["localhost", "'ftp://a/b'"],
+    "generalise.timeout": ["0.0"],
+    "generalise.batch_size": ["0", "null"],
     "input.root": ["3", "[a]"],
     "input.caption": ["text", "null", "1"],
     "input.caption_field": ["null", "3"],
