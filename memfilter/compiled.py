@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _WORTH = 100_000  # steps that take as long as importing numba and compiling
 
@@ -23,3 +25,13 @@ def _compile(function: Callable[P, R]) -> Callable[P, R]:
 
     found: Callable[P, R] = njit(nogil=True)(function)
     return found
+
+
+def kernel(function: F) -> F:
+    """Return the function, always compiled, free of the interpreter's lock, its machine code kept where it may be."""
+    from numba import njit
+
+    try:
+        return njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # there is no folder to keep the machine code in
+        return njit(nogil=True)(function)  # type: ignore[no-any-return]

@@ -32,6 +32,7 @@ MAX_VALUE = 255
 """Characters of a value in the json that are compared."""
 
 Policy = Literal["record", "mask", "drop"]
+DuplicatePolicy = Literal["record", "down_weight", "mitigate", "mask", "drop"]
 
 
 class _Section(BaseModel):
@@ -113,7 +114,10 @@ class Images(_Section):
 class Captions(_Section):
     """How captions are compared."""
 
-    tiers: Annotated[tuple[Literal["exact"], ...], Field(min_length=1, strict=False)] = ("exact",)
+    tiers: Annotated[
+        tuple[Literal["exact", "template", "near", "semantic"], ...], Field(min_length=1, strict=False)
+    ] = ("exact", "template", "near")
+    near_jaccard: Annotated[float, Field(ge=0.3, le=1)] = 0.7
 
 
 class Quantile(_Section):
@@ -143,10 +147,22 @@ class Magnitude(_Section):
 class Policies(_Section):
     """What is done with the samples that the stages find."""
 
-    image_duplicate: Policy = "drop"
-    caption_duplicate: Policy = "record"
+    image_duplicate: DuplicatePolicy = "drop"
+    full_duplicate: DuplicatePolicy | None = None  # an image again with its caption; None: as image_duplicate
+    partial_duplicate: DuplicatePolicy | None = None  # an image again with another caption; None: as image_duplicate
+    caption_duplicate: DuplicatePolicy = "record"
     magnitude: Policy = "mask"
     pool_captions: bool = True
+
+    @property
+    def full(self) -> DuplicatePolicy:
+        """What is done with an image that comes again with its caption."""
+        return self.full_duplicate or self.image_duplicate
+
+    @property
+    def partial(self) -> DuplicatePolicy:
+        """What is done with an image that comes again with another caption."""
+        return self.partial_duplicate or self.image_duplicate
 
 
 class Generalise(_Section):

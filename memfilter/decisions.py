@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from .config import Policies
 from .records import BAD, DROP, KEEP, MASK, METHODS, Decisions, Groups, Ints, Samples, Scores
 
-_ACTION = {"record": KEEP, "mask": MASK, "drop": DROP}
+_ACTION = {"record": KEEP, "down_weight": KEEP, "mitigate": KEEP, "mask": MASK, "drop": DROP}
 
 
 def decide(
@@ -24,12 +24,14 @@ def decide(
 ) -> Decisions:
     """Return the decisions.  At or above `threshold` a caption counts as memorized.
 
-    `general` holds of each distinct caption the general one that joins the pools of its samples, null for none.
-
-    An image duplicate is any member of an image group but its keeper.  A caption duplicate is any member of a caption
-    group but one: the best-ranked of those that the other policies treat the least harshly, so that a group never
-    loses its last sample to two policies at once.  The sample kept in a copy's place may itself be dropped under
+    An image duplicate is any member of an image group but its keeper: a full one where a better-ranked member has its
+    caption, a partial one where the keeper has another caption; one may be both.  A caption duplicate is any member of
+    a caption group but one: the best-ranked of those that the other policies treat the least harshly, so that a group
+    never loses its last sample to two policies at once.  It is masked or dropped where it shows another image than that
+    one; the same image is the image policies' affair.  The sample kept in a copy's place may itself be dropped under
     another policy.
+
+    `general` holds of each distinct caption the general one that joins the pools of its samples, null for none.
     """
     good, rows = samples.good, np.arange(len(samples))
     over = np.zeros(len(captions) + 1, bool)  # one more: the caption of a bad sample is row -1
@@ -38,24 +40,65 @@ def decide(
     memorized = over[groups.caption]
 
     image_copy = groups.image_group != rows
-    action = np.maximum(image_copy * _ACTION[policy.image_duplicate], memorized * _ACTION[policy.magnitude])
-    spared = _spared(groups, action)
-    caption_copy = good & (groups.caption_count > 1) & (spared[groups.caption_group] != rows)
-    action = np.maximum(action, caption_copy * _ACTION[policy.caption_duplicate]).astype(np.int8)
+    full_copy = _best_with_both(groups) != rows
+    partial_copy = image_copy & (groups.caption_group != groups.caption_group[groups.image_group])
+    by_image = np.maximum(full_copy * _ACTION[policy.full], partial_copy * _ACTION[policy.partial])
+    action = np.maximum(by_image, memorized * _ACTION[policy.magnitude])
+    spared = _spared(groups, action)[groups.caption_group]
+    caption_copy = good & (groups.caption_count > 1) & (spared != rows)
+    another_image = groups.image_group != groups.image_group[spared]
+    by_caption = caption_copy & another_image & (_ACTION[policy.caption_duplicate] > KEEP)
+    action = np.maximum(action, by_caption * _ACTION[policy.caption_duplicate]).astype(np.int8)
     action[~good] = BAD
 
     codes = [f"{m}_duplicate" for m in METHODS] + ["caption_duplicate", "magnitude"]
     reasons = [groups.method == i for i in range(len(METHODS))] + [caption_copy, memorized & good]
-    canonical = np.where(image_copy, groups.image_group, -1)
-    by_caption = caption_copy & ~image_copy & (policy.caption_duplicate != "record")
-    canonical[by_caption] = spared[groups.caption_group[by_caption]]
+    canonical = np.where(image_copy, groups.image_group, np.where(by_caption, spared, -1))
     duplication = np.select(
         [groups.joint_count > 1, groups.image_count > 1, groups.caption_count > 1], [3, 2, 1], 0
     ).astype(np.int8)
     pooled = _nothing(len(samples))
     if policy.pool_captions:
         pooled = _pool(samples, groups, captions, over, action, general)
-    return Decisions(action, reasons, codes, canonical, duplication, pooled)
+    share = _share(groups, policy)
+    weight = np.where(action == KEEP, share, 0).astype(np.float32)
+    masked_for_caption = (action == MASK) & (by_image == KEEP) & ~by_caption
+    pool_weight = np.where(masked_for_caption, share, weight).astype(np.float32)
+    mitigate = (action <= MASK) & _handed_over(groups, policy)
+    return Decisions(action, reasons, codes, canonical, duplication, weight, pool_weight, mitigate, pooled)
+
+
+def _best_with_both(groups: Groups) -> Ints:
+    """Return of each sample the best-ranked one with its image and its caption."""
+    both = groups.image_group * len(groups.rank) + groups.caption_group
+    order = np.argsort(groups.rank)
+    _, first, place = np.unique(both[order], return_index=True, return_inverse=True)
+    best = np.empty(len(order), np.int64)
+    best[order] = order[first[place]]
+    return best
+
+
+def _kinds(groups: Groups, policy: Policies) -> list[tuple[str, npt.NDArray[np.bool_], Ints]]:
+    """Return of each kind of duplication its policy, which samples have a part in it, and how many share one's."""
+    return [
+        (policy.full, groups.joint_count > 1, groups.joint_count),
+        (policy.partial, groups.image_captions > 1, groups.image_count),
+        (policy.caption_duplicate, groups.caption_count > 1, groups.caption_count),
+    ]
+
+
+def _share(groups: Groups, policy: Policies) -> npt.NDArray[np.float64]:
+    """Return the weight of each sample that trains: 1 / the largest count of a kind that is to be weighted down."""
+    counts = [np.where(has_part, n, 1) for p, has_part, n in _kinds(groups, policy) if p == "down_weight"]
+    return 1 / np.max([np.ones(len(groups.rank), np.int64), *counts], axis=0)  # type: ignore[no-any-return]
+
+
+def _handed_over(groups: Groups, policy: Policies) -> npt.NDArray[np.bool_]:
+    """Tell which samples have a part in a kind of duplication whose captions training is to change."""
+    found = np.zeros(len(groups.rank), bool)
+    for p, has_part, _ in _kinds(groups, policy):
+        found |= has_part & (p == "mitigate")
+    return found
 
 
 def _spared(groups: Groups, action: Ints) -> Ints:

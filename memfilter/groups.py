@@ -21,7 +21,7 @@ from .edges import hashed, hashes_of, signatures_digest, words
 from .errors import InputError
 from .keeping import rank_samples
 from .looks import join_looks
-from .records import LOOK_SIDE, Groups, Ints, Samples, Shard, voids
+from .records import LOOK_SIDE, Floats, Groups, Ints, Samples, Shard, voids
 from .store import Store, done, read_table, write_table
 
 
@@ -83,17 +83,37 @@ def _plain(column: pa.ChunkedArray) -> pa.Array:
 
 
 def group(
-    samples: Samples, edges: tuple[pa.Table, pa.Table], captions: pa.Table, caption: Ints, config: Config
+    samples: Samples,
+    edges: tuple[pa.Table, pa.Table],
+    caption: Ints,
+    keepers: pa.Table,
+    config: Config,
 ) -> Groups:
-    """Return the image and caption groups of all samples and their multiplicities."""
+    """Return the image and caption groups of all samples and their multiplicities.
+
+    `caption` is of each sample the row of its own among the distinct captions, of each of which `keepers` has a row.
+    """
+    n = len(samples)
     _, uid = np.unique(voids(samples.table["uid"]), return_inverse=True)
     rank = rank_samples(samples, uid, config.images.keep)
     keeper, method, distance = _image_groups(samples, rank, edges, config)
-    caption_keeper = _caption_groups(samples, rank, captions, caption)
-    image_count = np.bincount(keeper, minlength=len(samples))[keeper]
-    caption_count = np.bincount(caption_keeper, minlength=len(samples))[caption_keeper]
-    _, joint, count = np.unique(keeper * len(samples) + caption_keeper, return_inverse=True, return_counts=True)
-    return Groups(rank, keeper, method, distance, caption_keeper, caption, image_count, caption_count, count[joint])
+    caption_keeper, caption_method, caption_distance = _caption_groups(samples, rank, caption, keepers)
+    pairs, joint, count = np.unique(keeper * n + caption_keeper, return_inverse=True, return_counts=True)
+    return Groups(
+        rank=rank,
+        image_group=keeper,
+        method=method,
+        distance=distance,
+        caption_group=caption_keeper,
+        caption=caption,
+        image_count=np.bincount(keeper, minlength=n)[keeper],
+        caption_count=np.bincount(caption_keeper, minlength=n)[caption_keeper],
+        joint_count=count[joint],
+        caption_method=caption_method,
+        caption_distance=caption_distance,
+        caption_images=np.bincount(pairs % max(n, 1), minlength=n)[caption_keeper],
+        image_captions=np.bincount(pairs // max(n, 1), minlength=n)[keeper],
+    )
 
 
 def _image_groups(
@@ -208,23 +228,25 @@ def _parts(edges: pa.Table, number: Ints) -> Iterator[tuple[Ints, Ints, npt.NDAr
         yield number[part["a"].to_numpy()], number[part["b"].to_numpy()], part["distance"].to_numpy()
 
 
-def _caption_groups(samples: Samples, rank: Ints, captions: pa.Table, caption: Ints) -> Ints:
-    """Return of each sample the one that stands for its caption group.
+def _caption_groups(
+    samples: Samples, rank: Ints, caption: Ints, keepers: pa.Table
+) -> tuple[Ints, npt.NDArray[np.int8], Floats]:
+    """Return of each sample the one that stands for its caption group, and method and distance of the edge to it.
 
-    Captions of one fingerprint are a group; its keeper is the caption that most samples use, then the first by text,
-    and the best-ranked sample that uses it stands for the group.  A sample without a caption is its own group.
+    That is the best-ranked of those that use the keeper's caption.  A sample without a caption is its own group.
     """
     n = len(samples)
     keeper = np.arange(n)
     rows = np.flatnonzero(samples.good & samples.table["fingerprint"].is_valid().to_numpy())
-    if not len(rows):
-        return keeper
-    use = np.bincount(caption[rows], minlength=len(captions))
-    _, number = np.unique(voids(samples.table["fingerprint"])[rows], return_inverse=True)
-    order = np.lexsort((rank[rows], caption[rows], -use[caption[rows]], number))
-    first = np.unique(number[order], return_index=True)[1]
-    keeper[rows] = rows[order[first]][number]
-    return keeper
+    rows = rows[np.argsort(-rank[rows])]
+    stands = np.full(len(keepers), -1)
+    stands[caption[rows]] = rows  # the last, and so the best-ranked, of each caption
+    keeper[rows] = stands[keepers["keeper"].to_numpy()[caption[rows]]]
+    method, distance = np.full(n, -1, np.int8), np.zeros(n, np.float32)
+    joined = np.flatnonzero(keeper != np.arange(n))
+    method[joined] = keepers["method"].to_numpy()[caption[joined]]
+    distance[joined] = keepers["distance"].to_numpy()[caption[joined]]
+    return keeper, method, distance
 
 
 def _number(values: npt.NDArray[np.void] | npt.NDArray[np.uint64]) -> Ints:

@@ -6,31 +6,24 @@ uint64: the smaller number in the upper half, the larger in the lower.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from .compiled import kernel
 
 Words = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.uint32]
 Ends = npt.NDArray[np.int64]
 Found = tuple[Words, int]
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 _PARTITION = 40  # what it costs to put a row into its bucket, in comparisons of two rows
 _SAMPLE = 96  # rows by which the bits of a bucket are judged
 _MOST_BITS = 13  # of a bucket's number: with more buckets, each write would miss the processor's caches
-
-
-def _compiled(function: _F) -> _F:
-    try:
-        return njit(cache=True)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # there is no folder to keep the machine code in
-        return njit(function)  # type: ignore[no-any-return]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -41,7 +34,7 @@ def _popcount(context: Any, word: Any) -> Any:
     return types.int64(types.uint64), generate
 
 
-@_compiled
+@kernel
 def divide(rows: Words, agreed: Words, parts: int, sample: int) -> Words:
     """Return `parts` disjoint masks of all bits outside `agreed`, which tell the rows apart about equally well."""
     n, words = rows.shape
@@ -67,7 +60,7 @@ def divide(rows: Words, agreed: Words, parts: int, sample: int) -> Words:
     return masks
 
 
-@_compiled
+@kernel
 def _factors(words: int) -> Words:
     """Return odd numbers that spread the bits of a masked row over the upper bits of the sum of its products."""
     factors = np.empty(words, np.uint64)
@@ -78,7 +71,7 @@ def _factors(words: int) -> Words:
     return factors
 
 
-@_compiled
+@kernel
 def _bucket(row: Words, mask: Words, factors: Words, shift: int) -> int:
     key = np.uint64(0)
     for word in range(len(mask)):
@@ -86,7 +79,7 @@ def _bucket(row: Words, mask: Words, factors: Words, shift: int) -> int:
     return np.int64(key >> np.uint64(shift))  # type: ignore[return-value]
 
 
-@_compiled
+@kernel
 def _shift(n: int, mask: Words) -> int:
     """Return by how many bits a key is cut, so that n rows lie by fours, or as the mask's values tell them apart."""
     bits, values = 1, 2  # two more than the mask's own bits, as its values may meet in a bucket by chance
@@ -97,7 +90,7 @@ def _shift(n: int, mask: Words) -> int:
     return 64 - min(bits, values)
 
 
-@_compiled
+@kernel
 def buckets(rows: Words, mask: Words) -> Ends:
     """Return where each bucket begins and the last ends; rows that are equal under the mask share one."""
     shift, factors = _shift(len(rows), mask), _factors(len(mask))
@@ -109,7 +102,7 @@ def buckets(rows: Words, mask: Words) -> Ends:
     return ends
 
 
-@_compiled
+@kernel
 def partition(rows: Words, ids: Numbers, mask: Words, to_rows: Words, to_ids: Numbers) -> Ends:
     """Write rows and numbers, bucket by bucket, to `to_rows` and `to_ids`; return where each bucket begins and ends."""
     shift, factors = _shift(len(rows), mask), _factors(len(mask))
@@ -125,7 +118,7 @@ def partition(rows: Words, ids: Numbers, mask: Words, to_rows: Words, to_ids: Nu
     return ends
 
 
-@_compiled
+@kernel
 def pays(rows: Words, masks: Words) -> bool:
     """Tell whether comparing within the buckets of all these masks costs less than comparing all rows."""
     every = float(len(rows)) ** 2
@@ -139,7 +132,7 @@ def pays(rows: Words, masks: Words) -> bool:
     return cost < every
 
 
-@_compiled
+@kernel
 def _equal(one: Words, other: Words, mask: Words) -> bool:
     difference = np.uint64(0)
     for word in range(len(mask)):
@@ -147,7 +140,7 @@ def _equal(one: Words, other: Words, mask: Words) -> bool:
     return difference == 0  # type: ignore[no-any-return]
 
 
-@_compiled
+@kernel
 def _distance(one: Words, other: Words) -> int:
     bits = 0
     for word in range(len(one)):
@@ -155,7 +148,7 @@ def _distance(one: Words, other: Words) -> int:
     return bits
 
 
-@_compiled
+@kernel
 def _note(a: int, b: int, out: Words, found: int) -> Found:
     if found == len(out):
         grown = np.empty(2 * len(out), np.uint64)
@@ -165,7 +158,7 @@ def _note(a: int, b: int, out: Words, found: int) -> Found:
     return out, found + 1
 
 
-@_compiled
+@kernel
 def _near_64(row: Words, others: Words, radius: int) -> int:
     """Return how many of the rows are near this one, in a loop that the compiler turns into vectors."""
     one = row[0]
@@ -175,7 +168,7 @@ def _near_64(row: Words, others: Words, radius: int) -> int:
     return near
 
 
-@_compiled
+@kernel
 def _near_256(row: Words, others: Words, radius: int) -> int:
     r0, r1, r2, r3 = row[0], row[1], row[2], row[3]
     near = 0
@@ -187,7 +180,7 @@ def _near_256(row: Words, others: Words, radius: int) -> int:
     return near
 
 
-@_compiled
+@kernel
 def _compare(rows: Words, ids: Numbers, radius: int, agreed: Words, apart: Words, out: Words, found: int) -> Found:
     """Do what `join_buckets` does, for one bucket, by comparing all its rows."""
     for i in range(len(ids) - 1):
@@ -206,7 +199,7 @@ def _compare(rows: Words, ids: Numbers, radius: int, agreed: Words, apart: Words
     return out, found
 
 
-@_compiled
+@kernel
 def join_buckets(
     rows: Words, ids: Numbers, ends: Ends, radius: int, agreed: Words, apart: Words, out: Words, found: int
 ) -> Found:

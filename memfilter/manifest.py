@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 from .errors import ConfigError, RunError
 from .records import (
     ACTIONS,
+    CAPTION_METHODS,
     DUPLICATION,
-    KEEP,
     MANIFEST,
     METHODS,
     Decisions,
@@ -81,7 +81,7 @@ def finish(store: Store, samples: Samples, decisions: Decisions, about: dict[str
 def _files(store: Store, samples: Samples, about: dict[str, Any]) -> dict[str, str]:
     """Return the digests of all files that the result rests on, by their path in the run directory."""
     config = about["config"]
-    paths = [store.edges / "hash.parquet", store.captions, store.manifest / "lookup.arrow"]
+    paths = [store.edges / "hash.parquet", store.captions, store.caption_groups, store.manifest / "lookup.arrow"]
     paths += [path for s in samples.shards for path in (store.signatures(s.name), store.manifest_part(s.name))]
     if config["images"]["encoder"] is not None:
         paths.append(store.edges / "embedding.parquet")
@@ -114,11 +114,11 @@ def _rows(
         "index": names["index"],
         "key": names["key"],
         "action": np.array(ACTIONS)[action].tolist(),
-        "loss_weight": (action == KEEP).astype(np.float32),
+        "loss_weight": decisions.weight[rows],
         "reasons": _reasons(decisions, rows, names["bad"]),
         "detail": names["detail"],
         "canonical_uid": uid.take(pa.array(canonical, mask=canonical < 0)),
-        "match_method": pa.array(np.array([*METHODS, ""])[method].tolist(), mask=~joined),
+        "match_method": _named(METHODS, method),
         "match_distance": pa.array(groups.distance[rows], mask=~joined),
         "image_group": groups.image_group[rows],
         "caption_group": groups.caption_group[rows],
@@ -129,8 +129,17 @@ def _rows(
         "magnitude": _of_rows(scores.magnitude if scores else None, groups.caption[rows]),
         "magnitude_eps": _of_rows(scores.magnitude_eps if scores else None, groups.caption[rows]),
         "captions": decisions.pooled.slice(rows[0] if len(rows) else 0, len(rows)),
+        "caption_match": _named(CAPTION_METHODS, groups.caption_method[rows]),
+        "caption_distance": pa.array(groups.caption_distance[rows], mask=groups.caption_method[rows] < 0),
+        "caption_images": groups.caption_images[rows].astype(np.int32),
+        "image_captions": groups.image_captions[rows].astype(np.int32),
+        "mitigate": decisions.mitigate[rows],
     }
     return pa.table(columns, schema=MANIFEST)
+
+
+def _named(names: tuple[str, ...], method: npt.NDArray[np.int8]) -> pa.Array:
+    return pa.array(np.array([*names, ""])[method].tolist(), mask=method < 0)
 
 
 def _of_rows(column: Floats | None, caption: Ints) -> pa.Array:
@@ -175,7 +184,9 @@ def _write_lookup(store: Store, samples: Samples, uid: pa.Array, decisions: Deci
     columns = {
         "high": high[order],
         "low": low[order],
-        "weight": (decisions.action[order] == KEEP).astype(np.float32),
+        "weight": decisions.weight[order],
+        "pool_weight": decisions.pool_weight[order],
+        "mitigate": decisions.mitigate[order].astype(np.uint8),
         "shard": shard[order].astype(np.int32),
         "row": (np.arange(len(samples)) - samples.first[shard])[order].astype(np.int32),
     }
@@ -237,6 +248,17 @@ class Manifest:
         """Return the loss weight of the sample with this key in the shard of this name; raises KeyError."""
         return float(self._lookup["weight"][self._find(shard, key)])
 
+    def pool_weight(self, shard: str, key: str | bytes) -> float:
+        """Return the loss weight of a sample that trains on its pooled captions: `weight`, or what it is without masks.
+
+        The two differ where the sample is masked for its own caption's magnitude alone.  Raises KeyError.
+        """
+        return float(self._lookup["pool_weight"][self._find(shard, key)])
+
+    def mitigate(self, shard: str, key: str | bytes) -> bool:
+        """Tell whether the sample's caption is handed over to mitigation in training; raises KeyError."""
+        return bool(self._lookup["mitigate"][self._find(shard, key)])
+
     def row(self, shard: str, key: str | bytes) -> dict[str, Any]:
         """Return the manifest's row of a sample as a dictionary; raises KeyError."""
         place = self._find(shard, key)
@@ -254,7 +276,8 @@ class Manifest:
 
         A sample that the manifest does not know raises KeyError, or passes with weight 1 under `missing="keep"`.
         With `captions="pool"`, samples with pooled captions get them as `sample["captions"]`, and one that is masked
-        for its own caption's magnitude alone trains with weight 1 on them.  `pipes` maps `pipe:` URLs to shard names.
+        for its own caption's magnitude alone trains on them.  Where a policy hands samples over to caption mitigation,
+        `sample["mitigate"]` tells whether this is one.  `pipes` maps `pipe:` URLs to shard names.
         """
         if missing not in ("error", "keep") or captions not in ("own", "pool"):
             raise ConfigError(f"attach(missing={missing!r}, captions={captions!r}): error or keep, own or pool")
@@ -324,6 +347,7 @@ class Attach:
     def __init__(self, manifest: Manifest, missing: str, captions: str, pipes: dict[str, str]) -> None:
         self.manifest, self.missing, self.captions, self.pipes = manifest, missing, captions, pipes
         self.unknown = 0  # samples that passed with weight 1 because the manifest does not know them
+        self.mitigates = "mitigate" in manifest.info["config"]["policy"].values()
         self._shard_of: dict[str, str] = {}
 
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -339,10 +363,12 @@ class Attach:
         try:
             shard, key = self._name(sample["__url__"]), sample["__key__"]
             sample["loss_weight"] = self.manifest.weight(shard, key)
-            if self.captions == "pool" and (pooled := (row := self.manifest.row(shard, key))["captions"]) is not None:
+            if self.mitigates:
+                sample["mitigate"] = self.manifest.mitigate(shard, key)
+            if self.captions == "pool" and (pooled := self.manifest.row(shard, key)["captions"]) is not None:
                 sample["captions"] = pooled
-                if pooled and row["action"] == "mask" and self._only_its_caption(row["reasons"]):
-                    sample["loss_weight"] = 1.0
+                if pooled:
+                    sample["loss_weight"] = self.manifest.pool_weight(shard, key)
         except KeyError as e:
             if self.missing == "error":
                 raise KeyError(f"{e.args[0]}; give the manifest of these shards, or attach(missing='keep')") from None
@@ -358,8 +384,3 @@ class Attach:
             else:
                 self._shard_of[url] = self.manifest.shard_of(url)
         return self._shard_of[url]
-
-    def _only_its_caption(self, reasons: list[str]) -> bool:
-        policy = self.manifest.info["config"]["policy"]
-        others = {r: policy["caption_duplicate" if r == "caption_duplicate" else "image_duplicate"] for r in reasons}
-        return all(p == "record" for r, p in others.items() if r != "magnitude")

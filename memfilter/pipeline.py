@@ -14,6 +14,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from . import executors, manifest, sink
+from .caption_groups import caption_keepers
 from .config import Config, Input, digest_of
 from .decisions import decide
 from .denoisers import ModelFiles, find_model
@@ -159,7 +160,8 @@ def _decide_and_write(
     samples = load_samples(shards, store, config.images.json_fields)
     edges = find_edges(samples, store, config)
     captions, caption = distinct_captions(samples, store)
-    groups = group(samples, edges, captions, caption, config)
+    keepers = caption_keepers(samples, captions, caption, store, config)
+    groups = group(samples, edges, caption, keepers, config)
     rewritten = read_generalised(store)
     further = rewritten["general"].drop_null() if rewritten is not None else None
     scores = score_captions(captions["text"], read_digest(store.captions), model, store, config, _scoring_bar, further)

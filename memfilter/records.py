@@ -131,11 +131,28 @@ MANIFEST = pa.schema(
         pa.field("magnitude", pa.float32()),
         pa.field("magnitude_eps", pa.float32()),
         pa.field("captions", pa.list_(pa.string())),
+        pa.field("caption_match", pa.string()),
+        pa.field("caption_distance", pa.float32()),
+        pa.field("caption_images", pa.int32(), nullable=False),
+        pa.field("image_captions", pa.int32(), nullable=False),
+        pa.field("mitigate", pa.bool_(), nullable=False),
     ]
 )
 
 METHODS = ("exact", "hash", "embedding", "blank")
 """How an edge between two images was verified, the strongest first; `blank` by the looks of two blank ones."""
+
+
+CAPTION_METHODS = ("exact", "template", "near", "semantic")
+"""How an edge between two captions was verified, each a tier of `captions.tiers`."""
+
+CAPTION_KEEPERS = pa.schema(
+    [
+        pa.field("keeper", pa.int64(), nullable=False),  # row in the table of distinct captions, -1 for none
+        pa.field("method", pa.int8(), nullable=False),  # of the edge to it: a position in CAPTION_METHODS
+        pa.field("distance", pa.float32(), nullable=False),  # 1 - Jaccard index if near, 1 - cosine if semantic, else 0
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -187,6 +204,12 @@ class Groups:
     image_count: Ints
     caption_count: Ints
     joint_count: Ints
+    caption_method: npt.NDArray[
+        np.int8
+    ]  # of the edge to the keeper's caption, -1 for the one that stands for the group
+    caption_distance: Floats
+    caption_images: Ints  # distinct images in its caption group
+    image_captions: Ints  # distinct captions in its image group
 
 
 @dataclass(frozen=True)
@@ -214,4 +237,7 @@ class Decisions:
     codes: list[str]
     canonical: Ints  # ordinal of the sample kept in its place, -1 for none
     duplication: npt.NDArray[np.int8]  # a position in DUPLICATION
+    weight: Floats  # loss weight
+    pool_weight: Floats  # that of a sample which trains on its pooled captions: not 0 where only its own is memorized
+    mitigate: npt.NDArray[np.bool_]  # handed over to caption mitigation in training
     pooled: pa.ListArray  # pooled captions, null where none were pooled

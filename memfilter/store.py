@@ -31,7 +31,7 @@ _DIGEST = b"memfilter.digest"
 _NOTE = b"memfilter.note"
 _SEAL = b"memfilter.seal"
 _BLANK_SEAL = b"0" * 32
-_DICTIONARIES = ["bad", "detail", "shard", "action", "reasons", "match_method", "duplication"]
+_DICTIONARIES = ["bad", "detail", "shard", "action", "reasons", "match_method", "duplication", "caption_match"]
 
 
 class Store:
@@ -42,6 +42,7 @@ class Store:
         self.run_file = self.path / "run.json"
         self.edges = self.path / "edges"
         self.captions = self.path / "captions" / "captions.parquet"
+        self.caption_groups = self.path / "captions" / "groups.parquet"
         self.scores = self.path / "scores"
         self.generalised = self.path / "generalised" / "captions.parquet"
         self.manifest = self.path / "manifest"
