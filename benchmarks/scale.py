@@ -22,6 +22,7 @@ import pyarrow as pa
 from environment import write_result
 
 from memfilter import Config, manifest
+from memfilter.caption_groups import caption_keepers
 from memfilter.captions import fingerprint
 from memfilter.decisions import decide
 from memfilter.edges import find_edges
@@ -58,7 +59,8 @@ def main() -> None:
         samples = timed("load", lambda: load_samples(shards, store))
         edges = timed("hash join", lambda: find_edges(samples, store, config))
         captions, caption = timed("captions", lambda: distinct_captions(samples, store))
-        groups = timed("grouping", lambda: group(samples, edges, captions, caption, config))
+        keepers = timed("caption groups", lambda: caption_keepers(samples, captions, caption, store, config))
+        groups = timed("grouping", lambda: group(samples, edges, caption, keepers, config))
         decisions = timed("decisions", lambda: decide(samples, groups, captions, None, None, config.policy))
         timed("manifest", lambda: manifest.write_parts(store, samples, groups, decisions, None, False))
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before

@@ -8,21 +8,22 @@ is the caption that most samples use, then the first by text; the others have a 
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from .caption_join import METHOD, Joined, caption_join
+from .caption_join import METHOD, NO_EDGES, Joined, banding, caption_join
 from .captions import normalise, template
 from .config import Config, digest_of
 from .edges import signatures_digest
-from .records import CAPTION_KEEPERS, CAPTION_METHODS, Ints, Pairs, Samples, voids
+from .records import CAPTION_KEEPERS, CAPTION_METHODS, Ints, Samples, voids
 from .store import Store, done, read_table, write_table
 
 EXACT, TEMPLATE, NEAR, SEMANTIC = CAPTION_METHODS
 _BATCH = 1 << 17
-_NO_EDGES: Pairs = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
 
 
 def caption_keepers(samples: Samples, captions: pa.Table, caption: Ints, store: Store, config: Config) -> pa.Table:
@@ -35,13 +36,16 @@ def caption_keepers(samples: Samples, captions: pa.Table, caption: Ints, store: 
     inputs = signatures_digest(samples.shards, store)
     key = digest_of(["caption-groups-1", METHOD, inputs, sorted(tiers), near if NEAR in tiers else None])
     if not done(store.caption_groups, key):
-        work = store.caption_groups.with_suffix("") / key
-        write_table(store.caption_groups, _keepers(samples, captions, caption, config, work), key)
+        table, note = _keepers(samples, captions, caption, config, store.caption_groups.with_suffix("") / key)
+        write_table(store.caption_groups, table, key, note)
     shutil.rmtree(store.caption_groups.with_suffix(""), ignore_errors=True)
     return read_table(store.caption_groups)
 
 
-def _keepers(samples: Samples, captions: pa.Table, caption: Ints, config: Config, work: Path) -> pa.Table:
+def _keepers(
+    samples: Samples, captions: pa.Table, caption: Ints, config: Config, work: Path
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Return the table of keepers, and what is told of the join."""
     tiers = config.captions.tiers
     rows = np.flatnonzero(samples.good & samples.table["fingerprint"].is_valid().to_numpy())
     own, first, use = np.unique(caption[rows], return_index=True, return_counts=True)
@@ -59,7 +63,11 @@ def _keepers(samples: Samples, captions: pa.Table, caption: Ints, config: Config
     keeper, method, distance = np.full(n, -1), np.zeros(n, np.int8), np.zeros(n, np.float32)
     keeper[own] = text[visited[joined.keeper[place[form]]]]
     method[own], distance[own] = joined.method[place[form]], joined.distance[place[form]]
-    return pa.table([keeper, method, distance], schema=CAPTION_KEEPERS)
+    note: dict[str, Any] = {"captions": len(text)}
+    if NEAR in tiers:
+        used = banding(len(text), config.captions.near_jaccard)
+        note |= {**asdict(used), "recall_at_threshold": round(used.recall(config.captions.near_jaccard), 6)}
+    return pa.table([keeper, method, distance], schema=CAPTION_KEEPERS), note
 
 
 def _join(texts: pa.ChunkedArray, config: Config, work: Path) -> Joined:
@@ -67,11 +75,11 @@ def _join(texts: pa.ChunkedArray, config: Config, work: Path) -> Joined:
     tiers, n = config.captions.tiers, len(texts)
     if not {*tiers} - {EXACT}:
         return Joined(np.arange(n), np.zeros(n, np.int8), np.zeros(n, np.float32))
-    normal, classes = _forms(texts, TEMPLATE in tiers)
-    return caption_join(normal, classes, config.captions.near_jaccard if NEAR in tiers else None, _NO_EDGES, work)
+    normal, classes = forms(texts, TEMPLATE in tiers)
+    return caption_join(normal, classes, config.captions.near_jaccard if NEAR in tiers else None, NO_EDGES, work)
 
 
-def _forms(texts: pa.ChunkedArray, templates: bool) -> tuple[pa.LargeStringArray, Ints]:
+def forms(texts: pa.ChunkedArray, templates: bool) -> tuple[pa.LargeStringArray, Ints]:
     """Return the normal forms of captions, and the number of each one's template, -1 for none."""
     normal, classes = [], []
     for start in range(0, len(texts), _BATCH):

@@ -9,10 +9,10 @@ edge is verified by the Jaccard index of the two sets of features (`caption_kern
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from math import ceil, floor, log, sqrt
 from pathlib import Path
 
@@ -30,6 +30,9 @@ _MOST_BANDS = 32
 _MOST_ROWS = 16
 _CHUNK = 1 << 14
 _PART = 16  # chunks in one file
+_AHEAD = 8  # chunks that are signed, or being signed, before the visit takes them
+
+NO_EDGES: Pairs = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
 
 METHOD = "minhash-1"
 """Names what decides which keepers are found, beside texts and arguments."""
@@ -106,6 +109,12 @@ def caption_join(
     return Joined(*visitor.found)
 
 
+def buckets(texts: pa.LargeStringArray, jaccard: float) -> Ints:
+    """Return the bucket of each text in each band, (N, bands): texts that share one are compared."""
+    visitor = _Visitor(texts, np.full(len(texts), -1), jaccard, NO_EDGES)
+    return visitor.sign(0, len(texts))
+
+
 class _Visitor:
     """What a visit knows of the texts behind it."""
 
@@ -140,18 +149,16 @@ class _Visitor:
 
     def signed(self, first: int, end: int, pool: ThreadPoolExecutor) -> Iterator[tuple[int, Ints]]:
         """Yield chunks of buckets in their order, signed by some threads ahead of the visit."""
-        starts = iter(range(first, end, _CHUNK))
-        ahead: list[tuple[int, Future[Ints]]] = []
-        for start in starts:
-            ahead.append((start, pool.submit(self._sign, start, min(start + _CHUNK, end))))
-            for further in islice(starts, _cores() + 1 - len(ahead)):
-                ahead.append((further, pool.submit(self._sign, further, min(further + _CHUNK, end))))
-            begun, keys = ahead.pop(0)
-            yield begun, keys.result()
+        ahead: deque[tuple[int, Future[Ints]]] = deque()
+        for start in range(first, end, _CHUNK):
+            ahead.append((start, pool.submit(self.sign, start, min(start + _CHUNK, end))))
+            if len(ahead) > _AHEAD:
+                begun, keys = ahead.popleft()
+                yield begun, keys.result()
         for begun, keys in ahead:
             yield begun, keys.result()
 
-    def _sign(self, start: int, end: int) -> Ints:
+    def sign(self, start: int, end: int) -> Ints:
         keys = np.zeros((end - start, self.banding.bands), np.int64)
         if self.banding.bands:
             sketch = self.keepers.sketch[start:end]

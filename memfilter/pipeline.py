@@ -276,6 +276,7 @@ def _about(
         "config": dump,
         "config_digests": {name: digest_of(keys) for name, keys in dump.items()},
         "versions": {"memfilter": version("memfilter"), **versions(config.images.hash)},
+        "caption_join": read_note(store.caption_groups),
         "embedding_join": read_note(store.edges / "embedding.parquet") if config.images.encoder else None,
         "encoder": encoder and described(encoder, similarity(config)),
         "magnitude": scores and scores.info,

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .records import ACTIONS, DUPLICATION, METHODS, Decisions, Groups, Samples, Scores
+from .records import ACTIONS, CAPTION_METHODS, DUPLICATION, METHODS, Decisions, Groups, Samples, Scores
 from .store import Store, read_table
 
 _LARGEST = 10
@@ -20,14 +20,15 @@ def statistics(
     samples: Samples, groups: Groups, decisions: Decisions, scores: Scores | None, store: Store
 ) -> dict[str, Any]:
     """Return the figures of a run: samples by reason, groups, duplication kinds, bad samples by cause."""
-    caption_heads = groups.caption_group[groups.caption_group != np.arange(len(samples))]
     found: dict[str, Any] = {
         "reasons": {c: int(f.sum()) for c, f in zip(decisions.codes, decisions.reasons, strict=True)},
         **_image_groups(samples, groups, store),
-        "caption_groups": len(np.unique(caption_heads)),
+        **_caption_groups(samples, groups),
         "duplication": dict(
             zip(DUPLICATION, np.bincount(decisions.duplication[samples.good], minlength=4).tolist(), strict=True)
         ),
+        "down_weighted": int((decisions.weight % 1 > 0).sum()),
+        "mitigated": int(decisions.mitigate.sum()),
         "bad": dict(sorted(_counts(samples.table["bad"].cast("string")))),
         "blank": int(pc.sum(samples.table["blank"]).as_py() or 0),
         "without_caption": int((samples.good & samples.table["fingerprint"].is_null().to_numpy()).sum()),
@@ -39,6 +40,20 @@ def statistics(
             {str(q): round(float(np.quantile(own, q)), 6) for q in levels} if len(own) else {}
         )
     return found
+
+
+def _caption_groups(samples: Samples, groups: Groups) -> dict[str, Any]:
+    """Return the figures of the caption groups of two or more, and of what images and captions have in common."""
+    copies = groups.caption_method >= 0
+    by_tier = np.bincount(groups.caption_method[copies], minlength=len(CAPTION_METHODS)).tolist()
+    captions = (groups.caption_group == np.arange(len(samples))) & (groups.caption_count > 1)
+    images = (groups.image_group == np.arange(len(samples))) & (groups.image_count > 1)
+    shared = {"images_a_caption": groups.caption_images[captions], "captions_an_image": groups.image_captions[images]}
+    return {
+        "caption_groups": int(captions.sum()),
+        "caption_copies": dict(zip(CAPTION_METHODS, by_tier, strict=True)),
+        **{k: {"mean": round(float(n.mean()), 3), "most": int(n.max())} if len(n) else None for k, n in shared.items()},
+    }
 
 
 def _image_groups(samples: Samples, groups: Groups, store: Store) -> dict[str, Any]:
@@ -89,7 +104,6 @@ def _counts(column: pa.ChunkedArray) -> list[tuple[str, int]]:
 def lines(info: dict[str, Any], out: str) -> list[str]:
     """Return the summary of a finished run, the reconciliation last."""
     found, counts, config = info["found"], info["counts"], info["config"]
-    reasons = found["reasons"]
     copies = found["image_copies"]
     text = [
         f"images    {sum(copies.values()):,} copies of {found['image_groups']:,} pictures ({copies['exact']:,} exact, "
@@ -97,9 +111,8 @@ def lines(info: dict[str, Any], out: str) -> list[str]:
         f"apart     {found['blank']:,} blank images, in {found['blank_groups']:,} groups, "
         f"and {found['placeholders']:,} placeholders, in {found['placeholder_groups']:,}",
         *([embedding_line(info["embedding_join"])] if info["embedding_join"] else []),
-        f"captions  {reasons['caption_duplicate']:,} repeats in {found['caption_groups']:,} groups; "
-        f"{found['without_caption']:,} samples without a caption",
-        "together  " + ", ".join(f"{n:,} {kind}" for kind, n in found["duplication"].items()),
+        _captions(info),
+        _together(found),
         _magnitude(info, out),
     ]
     if info["generalised"]:
@@ -118,6 +131,26 @@ def lines(info: dict[str, Any], out: str) -> list[str]:
         text.append(f"emptied   {len(emptied):,}, of which no sample is kept: {names}")
     text.append(f"manifest  {out}/manifest" + (f", filtered shards {out}/shards" if config["output"]["shards"] else ""))
     text.append(reconciliation(counts))
+    return text
+
+
+def _captions(info: dict[str, Any]) -> str:
+    found = info["found"]
+    copies = found["caption_copies"]
+    by_tier = ", ".join(f"{n:,} {tier}" for tier, n in copies.items() if tier in info["config"]["captions"]["tiers"])
+    text = f"captions  {sum(copies.values()):,} repeats in {found['caption_groups']:,} groups ({by_tier}); "
+    return f"{text}{found['without_caption']:,} samples without a caption"
+
+
+def _together(found: dict[str, Any]) -> str:
+    text = "together  " + ", ".join(f"{n:,} {kind}" for kind, n in found["duplication"].items())
+    if images := found["images_a_caption"]:
+        text += f"; a repeated caption has {images['mean']:.1f} images (at most {images['most']:,})"
+    if captions := found["captions_an_image"]:
+        text += f"; a repeated image has {captions['mean']:.1f} captions (at most {captions['most']:,})"
+    for what in ("down_weighted", "mitigated"):
+        if found[what]:
+            text += f"; {found[what]:,} samples {what.replace('_', '-')}"
     return text
 
 

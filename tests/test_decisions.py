@@ -90,6 +90,10 @@ def decided(case: Case) -> Decisions:
         counts(case.keeper),
         counts(case.caption_keeper),
         counts(joint),
+        np.array([0 if case.caption_keeper[i] != i else -1 for i in range(n)], np.int8),
+        np.zeros(n, np.float32),
+        np.array([len({j[0] for j in joint if j[1] == c}) for c in case.caption_keeper], np.int64),
+        np.array([len({j[1] for j in joint if j[0] == k}) for k in case.keeper], np.int64),
     )
     magnitudes = np.array([case.magnitude.get(t, 0) for t in case.texts], np.float32)
     scores = Scores(magnitudes, magnitudes, None, {})
@@ -114,15 +118,23 @@ def reasons(found: Decisions) -> list[list[str]]:
 
 # -- the reference ----------------------------------------------------------------------------------------------------
 
-SEVERITY = {"record": 0, "mask": 1, "drop": 2}
+HARM = {"record": 0, "mask": 1, "drop": 2}
+SEVERITY = {**HARM, "down_weight": 0, "mitigate": 0}
 ACTION = {0: "keep", 1: "mask", 2: "drop"}
+
+
+def pair(case: Case, i: int) -> tuple[int, int]:
+    return case.keeper[i], case.caption_keeper[i]
 
 
 def before_captions(case: Case, i: int) -> int:
     """Return how hard the image and magnitude policies are on a sample."""
     policy = case.policy
+    same_pair = [j for j in case.order if pair(case, j) == pair(case, i)]
+    is_partial = case.is_copy(i) and case.caption_keeper[case.keeper[i]] != case.caption_keeper[i]
     return max(
-        SEVERITY[policy.image_duplicate] if case.is_copy(i) else 0,
+        SEVERITY[policy.full_duplicate or policy.image_duplicate] if same_pair[0] != i else 0,
+        SEVERITY[policy.partial_duplicate or policy.image_duplicate] if is_partial else 0,
         SEVERITY[policy.magnitude] if case.is_over(case.rows[i].caption) else 0,
     )
 
@@ -147,8 +159,9 @@ def reference(case: Case) -> list[tuple[str, list[str], int]]:
         stays = spared(case, i)
         if stays != i:
             why.append("caption_duplicate")
-            severity = max(severity, SEVERITY[case.policy.caption_duplicate])
-            if canonical < 0 and case.policy.caption_duplicate != "record":
+            harm = SEVERITY[case.policy.caption_duplicate] if case.keeper[stays] != case.keeper[i] else 0
+            severity = max(severity, harm)
+            if canonical < 0 and harm:
                 canonical = stays
         if case.is_over(row.caption):
             why.append("magnitude")
@@ -193,6 +206,7 @@ def pool(case: Case, i: int, action: list[str]) -> list[str] | None:
 
 TEXTS = ["", "cat", "Cat", "CAT", "dog", "Dog", "a bird", "zebra"]
 POLICY = st.sampled_from(["record", "mask", "drop"])
+OF_KIND = st.sampled_from(["record", "down_weight", "mitigate", "mask", "drop"])
 
 
 @st.composite
@@ -215,7 +229,16 @@ def cases(draw: st.DrawFn) -> Case:
         [draw(st.integers(0, 2)) for _ in range(n)],
         {t: draw(st.sampled_from([0.0, 0.25, THRESHOLD, 0.75, float("nan")])) for t in TEXTS},
         draw(st.sampled_from([None, 0.0, THRESHOLD, 0.7])),
-        draw(st.builds(Policies, image_duplicate=POLICY, caption_duplicate=POLICY, magnitude=POLICY)),
+        draw(
+            st.builds(
+                Policies,
+                image_duplicate=OF_KIND,
+                full_duplicate=st.none() | OF_KIND,
+                partial_duplicate=st.none() | OF_KIND,
+                caption_duplicate=OF_KIND,
+                magnitude=POLICY,
+            )
+        ),
     )
 
 
@@ -224,6 +247,33 @@ def cases(draw: st.DrawFn) -> Case:
 def test_actions_reasons_and_canonicals_equal_the_reference(case: Case) -> None:
     found = decided(case)
     assert list(zip(actions(found), reasons(found), found.canonical.tolist(), strict=True)) == reference(case)
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases())
+def test_weights_and_mitigation_follow_the_policy_of_each_kind(case: Case) -> None:
+    found, policy = decided(case), case.policy
+    for i, action in enumerate(actions(found)):
+        joint = sum(pair(case, j) == pair(case, i) for j in range(len(case.rows)))
+        captions = {case.caption_keeper[j] for j in range(len(case.rows)) if case.keeper[j] == case.keeper[i]}
+        counted = [
+            (policy.full_duplicate or policy.image_duplicate, joint, joint > 1),
+            (policy.partial_duplicate or policy.image_duplicate, case.keeper.count(case.keeper[i]), len(captions) > 1),
+            (policy.caption_duplicate, n := case.caption_keeper.count(case.caption_keeper[i]), n > 1),
+        ]
+        share = 1 / max([n for p, n, has_part in counted if has_part and p == "down_weight"], default=1)
+        assert found.weight[i] == np.float32(share if action == "keep" else 0)
+        only_caption = before_captions(case_without_scores(case), i) == 0 and found.canonical[i] < 0
+        if action == "mask" and only_caption:
+            assert found.pool_weight[i] == np.float32(share)
+        elif action != "mask":
+            assert found.pool_weight[i] == found.weight[i]
+        asked = any(p == "mitigate" and has_part for p, _, has_part in counted)
+        assert found.mitigate[i] == (asked and action in ("keep", "mask"))
+
+
+def case_without_scores(case: Case) -> Case:
+    return Case(case.rows, case.rank, case.method, {}, None, case.policy)
 
 
 @settings(max_examples=100, deadline=None)
@@ -268,10 +318,10 @@ def case_of(*rows: Row, **more: object) -> Case:
     return Case(list(rows), list(range(len(rows))), [1] * len(rows), **more)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("image", "caption", "magnitude"), list(product(SEVERITY, repeat=3)))
+@pytest.mark.parametrize(("image", "caption", "magnitude"), list(product(HARM, repeat=3)))
 def test_the_hardest_policy_decides(image: str, caption: str, magnitude: str) -> None:
     policy = Policies(image_duplicate=image, caption_duplicate=caption, magnitude=magnitude)  # type: ignore[arg-type]
-    # the last row is a copy of the first by image, by caption, and memorized
+    # the last row is a copy of the first by image, of the second by caption, and memorized
     case = case_of(Row(0, "fish"), Row(1, "cat"), Row(0, "CAT"), Row(None), magnitude={"CAT": 1.0}, policy=policy)
     found = decided(case)
     hardest = max(image, caption, magnitude, key=SEVERITY.__getitem__)
@@ -305,7 +355,8 @@ def test_without_scores_nothing_is_memorized() -> None:
     case = case_of(Row(0, "a"))
     samples = Samples([], np.array([0]), np.ones(1, bool), pa.table({"captions": pa.nulls(1, pa.list_(pa.string()))}))
     one, none = np.ones(1, np.int64), np.zeros(1, np.int64)
-    groups = Groups(none, none, np.full(1, -1, np.int8), np.zeros(1, np.float32), none, none, one, one, one)
+    alone, zero = np.full(1, -1, np.int8), np.zeros(1, np.float32)
+    groups = Groups(none, none, alone, zero, none, none, one, one, one, alone, zero, one, one)
     captions = pa.table({"text": pa.array(case.texts, pa.large_string())})
     found = decide(samples, groups, captions, None, 0.0, Policies())
     assert (actions(found), reasons(found)) == (["keep"], [[]])
@@ -378,3 +429,49 @@ def test_nothing_is_pooled_where_the_policy_says_so_or_there_is_nothing() -> Non
     assert pooled(*rows, policy=Policies(pool_captions=False)) == [None, None]
     assert pooled(Row(0, "a"), Row(1, "b")) == [None, None]
     assert pooled() == []
+
+
+# -- each kind by itself ----------------------------------------------------------------------------------------------
+
+# a pair that comes twice, its image with another caption that comes twice too, and the first caption elsewhere
+MIXED = (Row(0, "cat"), Row(0, "Cat"), Row(0, "dog"), Row(0, "Dog"), Row(1, "cat"))
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ({"full_duplicate": "drop", "image_duplicate": "record"}, "keep drop keep drop keep"),
+        ({"partial_duplicate": "drop", "image_duplicate": "record"}, "keep keep drop drop keep"),
+        ({"partial_duplicate": "mask", "image_duplicate": "drop"}, "keep drop mask drop keep"),
+        ({"caption_duplicate": "drop", "image_duplicate": "record"}, "keep keep keep keep drop"),
+        ({"image_duplicate": "mitigate"}, "keep keep keep keep keep"),
+    ],
+    ids=str,
+)
+def test_a_policy_acts_on_its_own_kind(policy: dict[str, str], expected: str) -> None:
+    found = decided(case_of(*MIXED, policy=Policies.model_validate(policy)))
+    assert " ".join(actions(found)) == expected
+
+
+@pytest.mark.parametrize(
+    ("policy", "weights"),
+    [
+        ({"full_duplicate": "down_weight"}, [1 / 2, 1 / 2, 1 / 2, 1 / 2, 1]),
+        ({"partial_duplicate": "down_weight"}, [1 / 4, 1 / 4, 1 / 4, 1 / 4, 1]),
+        ({"caption_duplicate": "down_weight"}, [1 / 3, 1 / 3, 1 / 2, 1 / 2, 1 / 3]),
+        ({"full_duplicate": "down_weight", "caption_duplicate": "down_weight"}, [1 / 3, 1 / 3, 1 / 2, 1 / 2, 1 / 3]),
+    ],
+    ids=str,
+)
+def test_a_kind_is_weighted_down_by_its_own_count(policy: dict[str, str], weights: list[float]) -> None:
+    found = decided(case_of(*MIXED, policy=Policies.model_validate({"image_duplicate": "record", **policy})))
+    assert actions(found) == ["keep"] * 5
+    np.testing.assert_allclose(found.weight, weights, rtol=1e-6)
+
+
+def test_a_sample_masked_for_its_caption_alone_trains_on_its_pool_with_the_weight_that_it_would_have() -> None:
+    policy = Policies(image_duplicate="down_weight")
+    found = decided(case_of(Row(0, "key"), Row(0, "other"), Row(1, "key"), magnitude={"key": 1.0}, policy=policy))
+    assert actions(found) == ["mask", "keep", "mask"]
+    assert found.weight.tolist() == [0, 0.5, 0]
+    assert found.pool_weight.tolist() == [0.5, 0.5, 1]

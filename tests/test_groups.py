@@ -16,14 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memfilter.captions import fingerprint
+from memfilter.caption_groups import caption_keepers
+from memfilter.captions import fingerprint, normalise, template
 from memfilter.compiled import compiled
 from memfilter.config import KEEP, Config, NamedOrder
 from memfilter.edges import find_edges
 from memfilter.encoders.builtin import Builtin
 from memfilter.errors import InputError
 from memfilter.groups import _visit, caption_rows, distinct_captions, group, load_samples
-from memfilter.records import METHODS, Groups, Samples, Shard, signature_schema
+from memfilter.records import CAPTION_METHODS, METHODS, Groups, Samples, Shard, signature_schema
 from memfilter.store import Store, read_note, write_table
 
 DIM = 2
@@ -109,7 +110,8 @@ def grouped(shards: Sequence[Sequence[Row]], config: Config | None = None) -> Gr
         store = Store(folder)
         samples = load_samples(write_parts(shards, store), store, config.images.json_fields)
         captions, caption = distinct_captions(samples, store)
-        return group(samples, find_edges(samples, store, config), captions, caption, config)
+        keepers = caption_keepers(samples, captions, caption, store, config)
+        return group(samples, find_edges(samples, store, config), caption, keepers, config)
 
 
 def together(shards: Sequence[Sequence[Row]]) -> list[Row]:
@@ -117,7 +119,8 @@ def together(shards: Sequence[Sequence[Row]]) -> list[Row]:
 
 
 def image_config(**images: object) -> Config:
-    return Config.parse({"images": {"encoder_similarity": 0.95, **images}})
+    captions = {name: images.pop(name) for name in ("tiers", "near_jaccard") if name in images}
+    return Config.parse({"images": {"encoder_similarity": 0.95, **images}, "captions": captions})
 
 
 # -- the reference ----------------------------------------------------------------------------------------------------
@@ -193,20 +196,45 @@ def image_groups(rows: Sequence[Row], config: Config) -> dict[int, tuple[int, st
     return found
 
 
-def caption_groups(rows: Sequence[Row], config: Config) -> list[int]:
+def features(text: str) -> set[tuple[str, str]]:
+    """Return the character 3- to 5-grams and the word 1- and 2-grams of a normal form."""
+    words = text.split()
+    found = {("character", text[i : i + n]) for n in (3, 4, 5) for i in range(len(text) - n + 1)}
+    return found | {("word", " ".join(words[i : i + n])) for n in (1, 2) for i in range(len(words) - n + 1)}
+
+
+def caption_edge(one: str, other: str, config: Config) -> tuple[str, float] | None:
+    """Return tier and distance of the edge between two captions, None where there is none."""
+    tiers = config.captions.tiers
+    if one == other or ("exact" in tiers and normalise(one) == normalise(other)):
+        return "exact", 0
+    if "template" in tiers and template(one) is not None and template(one) == template(other):
+        return "template", 0
+    mine, theirs = features(normalise(one)), features(normalise(other))
+    index = len(mine & theirs) / len(mine | theirs)
+    return ("near", 1 - index) if "near" in tiers and index >= config.captions.near_jaccard else None
+
+
+def caption_groups(rows: Sequence[Row], config: Config) -> list[tuple[int, str, float]]:
+    """Return of each sample the one that stands for its caption group, and tier and distance of the edge to it."""
     order = visit_order(rows, config)
-    use = Counter(row.caption for row in rows if row.image)
-    found = list(range(len(rows)))
-    members: dict[bytes, list[int]] = {}
-    for i in order:
-        if rows[i].image and (print_ := fingerprint(rows[i].caption)) is not None:
-            members.setdefault(print_, []).append(i)
-    for group_ in members.values():
-        keeper = min({rows[i].caption for i in group_}, key=lambda text: (-use[text], text))
-        best = next(i for i in group_ if rows[i].caption == keeper)
-        for i in group_:
-            found[i] = best
-    return found
+    use = Counter(r.caption for r in rows if r.image and r.caption.split())
+    forms: dict[str, list[str]] = {}
+    for text in sorted(use, key=lambda text: (-use[text], text)):
+        forms.setdefault(normalise(text) if "exact" in config.captions.tiers else text, []).append(text)
+    keepers: list[str] = []
+    edge: dict[str, tuple[str, str, float]] = {}
+    for texts in sorted(forms.values(), key=lambda texts: (-sum(use[t] for t in texts), texts[0])):
+        found = [(k, e) for k in keepers if (e := caption_edge(texts[0], k, config))]
+        keeper, (tier, distance) = found[0] if found else (texts[0], ("exact", 0))
+        keepers += [] if found else [keeper]
+        edge |= dict.fromkeys(texts, (keeper, tier, distance))
+    expected = []
+    for i, row in enumerate(rows):
+        keeper, tier, distance = edge.get(row.caption, ("", "", 0)) if row.image else ("", "", 0)
+        best = next((j for j in order if rows[j].image and keeper and rows[j].caption == keeper), i)
+        expected.append((best, tier if best != i else "", distance if best != i else 0))
+    return expected
 
 
 def assert_equals_reference(found: Groups, rows: Sequence[Row], config: Config) -> None:
@@ -217,17 +245,33 @@ def assert_equals_reference(found: Groups, rows: Sequence[Row], config: Config) 
     assert ["" if m < 0 else METHODS[m] for m in found.method] == [expected[i][1] for i in range(n)]
     # embeddings are stored in half precision
     np.testing.assert_allclose(found.distance, [expected[i][2] for i in range(n)], atol=2e-3)
-    assert found.caption_group.tolist() == by_caption
-    keys = [(expected[i][0], by_caption[i]) for i in range(n)]
+    assert found.caption_group.tolist() == [by_caption[i][0] for i in range(n)]
+    assert ["" if m < 0 else CAPTION_METHODS[m] for m in found.caption_method] == [by_caption[i][1] for i in range(n)]
+    np.testing.assert_allclose(found.caption_distance, [by_caption[i][2] for i in range(n)], atol=1e-6)
+    keys = [(expected[i][0], by_caption[i][0]) for i in range(n)]
     images, texts, joint = Counter(k[0] for k in keys), Counter(k[1] for k in keys), Counter(keys)
     assert found.image_count.tolist() == [images[k[0]] for k in keys]
     assert found.caption_count.tolist() == [texts[k[1]] for k in keys]
     assert found.joint_count.tolist() == [joint[k] for k in keys]
+    assert found.caption_images.tolist() == [len({i for i, c in joint if c == k[1]}) for k in keys]
+    assert found.image_captions.tolist() == [len({c for i, c in joint if i == k[0]}) for k in keys]
 
 
 # -- random tables ----------------------------------------------------------------------------------------------------
 
 CAPTIONS = ["", " ", "A cat", "a cat!", "a  CAT", "dog", "Dog.", "two dogs", "!!!"]
+# a chain of neighbours, numbers, and other scripts
+CAPTIONS += [
+    f"a tall man in a red coat walks {ends}" for ends in ("his dog", "his dogs", "his dogs home", "two dogs home")
+]
+CAPTIONS += [
+    "car 5 of a race",
+    "car 77 of a race",
+    "car 5 of a race, at night",
+    "红色的苹果和梨",
+    "红色的苹果和桃",
+    "שלום לכל העולם",
+]
 
 
 @st.composite
@@ -275,6 +319,8 @@ CONFIGS = st.builds(
     encoder=st.sampled_from(["builtin", "builtin", None]),
     encoder_similarity=st.sampled_from([None, 0.9, 0.95, 0.99, 0.8]),
     keep=st.lists(st.sampled_from(KEYS), min_size=1, max_size=5),
+    tiers=st.sampled_from([["exact"], ["exact", "template", "near"], ["near"], ["template"], ["exact", "near"]]),
+    near_jaccard=st.sampled_from([0.5, 0.7, 0.9, 1.0]),
 )
 
 
@@ -327,7 +373,8 @@ def test_grouping_again_with_the_stored_edges_equals_a_fresh_run(
         samples = load_samples(write_parts(shards, store), store, ("score",))
         captions, caption = distinct_captions(samples, store)
         find_edges(samples, store, first)
-        again = group(samples, find_edges(samples, store, then), captions, caption, then)
+        keepers = caption_keepers(samples, captions, caption, store, then)
+        again = group(samples, find_edges(samples, store, then), caption, keepers, then)
     fresh = grouped(shards, then)
     for name in ("rank", "image_group", "method", "distance", "caption_group", "joint_count"):
         np.testing.assert_array_equal(getattr(again, name), getattr(fresh, name))
@@ -554,7 +601,8 @@ def timed(rows: list[Row], config: Config) -> tuple[Groups, float]:
         start = time.perf_counter()
         samples: Samples = load_samples(shards, store)
         captions, caption = distinct_captions(samples, store)
-        found = group(samples, find_edges(samples, store, config), captions, caption, config)
+        keepers = caption_keepers(samples, captions, caption, store, config)
+        found = group(samples, find_edges(samples, store, config), caption, keepers, config)
         return found, time.perf_counter() - start
 
 

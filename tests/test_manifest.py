@@ -125,6 +125,7 @@ def scored(tmp_path: Path) -> Manifest:
     """A run's manifest whose keepers' own captions were put over a threshold: written by the same stages."""
     from memfilter import manifest as manifests
     from memfilter import pipeline
+    from memfilter.caption_groups import caption_keepers
     from memfilter.decisions import decide
     from memfilter.edges import find_edges
     from memfilter.groups import distinct_captions, group, load_samples
@@ -142,7 +143,8 @@ def scored(tmp_path: Path) -> Manifest:
     store = Store(run.path)
     samples = load_samples([pipeline.Shard(s["name"], "", s["bytes"]) for s in run.info["shards"]], store)
     captions, caption = distinct_captions(samples, store)
-    groups = group(samples, find_edges(samples, store, config), captions, caption, config)
+    keepers = caption_keepers(samples, captions, caption, store, config)
+    groups = group(samples, find_edges(samples, store, config), caption, keepers, config)
     high = np.array([5.0 if "key" in text else 0.5 for text in captions["text"].to_pylist()], np.float32)
     scores = Scores(high, high / 64, None, {"conditions": 3})
     decisions = decide(samples, groups, captions, scores, 2.0, config.policy)
