@@ -113,7 +113,18 @@ class Images(_Section):
 class Captions(_Section):
     """How captions are compared."""
 
-    tiers: Annotated[tuple[Literal["exact"], ...], Field(min_length=1, strict=False)] = ("exact",)
+    tiers: Annotated[
+        tuple[Literal["exact", "template", "near", "semantic"], ...], Field(min_length=1, strict=False)
+    ] = ("exact",)
+    encoder: Annotated[str | None, Field(validate_default=True)] = None
+    encoder_similarity: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @field_validator("encoder")
+    @classmethod
+    def _for_the_tier(cls, encoder: str | None, info: ValidationInfo) -> str | None:
+        if encoder is None and "semantic" in info.data.get("tiers", ()):
+            raise PydanticCustomError("encoder", "The tier 'semantic' needs one, as in 'model2vec:FOLDER'")
+        return encoder
 
 
 class Quantile(_Section):

@@ -56,7 +56,7 @@ class Pretrained:
         self.weights = weights.digest(recipe.file)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = "float16" if self._device.type == "cuda" else "float32"
-        about = [recipe.settings, self.preprocessing, [_version(name) for name in (*recipe.libraries, "torch")]]
+        about = [recipe.settings, self.preprocessing, [installed(name) for name in (*recipe.libraries, "torch")]]
         shape = f"{self.side}px-{self.frame.mode}-{self.frame.edge}-{self.frame.filter}"
         where = f"{self.dtype}-{self._device.type}"
         self.identity = f"{recipe.kind}/sha256-{self.weights}/{shape}/{where}/{digest_of(about)}"
@@ -90,7 +90,7 @@ class Pretrained:
 
     def _rows(self, images: npt.NDArray[np.uint8]) -> Tensor:
         mean, std = (torch.tensor(v, device=self._device)[:, None, None] for v in (self._recipe.mean, self._recipe.std))
-        with torch.inference_mode(), _one_thread():
+        with torch.inference_mode(), one_thread():
             # a view of (N, H, W, C) memory: channels last, as convolutions like it
             levels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2)
             inputs = (levels.float() / 255 - mean) / std
@@ -123,12 +123,13 @@ class Pretrained:
 
 
 @cache
-def _version(library: str) -> str:
+def installed(library: str) -> str:
+    """Return the version of an installed library."""
     return version(library)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Keep torch to one thread on the CPU: sums in another order are other numbers, and workers share the machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
