@@ -116,13 +116,14 @@ def fetched_folder(repository: str, patterns: tuple[str, ...]) -> Path:
     cause = "no *.safetensors"
     for local in (True, False):
         try:
-            kept = {"revision": revision or None, "allow_patterns": list(patterns), "local_files_only": local}
-            folder = Path(snapshot_download(repo, **kept))
+            folder = snapshot_download(
+                repo, revision=revision or None, allow_patterns=list(patterns), local_files_only=local
+            )
         except Exception as e:  # the hub's client raises what it likes
             cause = type(e).__name__
             continue
-        if any(folder.rglob("*.safetensors")):
-            return folder
+        if any(Path(str(folder)).rglob("*.safetensors")):
+            return Path(str(folder))
     command = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
     raise ModelError(
         f"{repository}: no weights in the hub's cache here, nor to be had from the hub ({cause}); run '{command}' "
