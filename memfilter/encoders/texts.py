@@ -216,9 +216,14 @@ class _Network:
             return rows
 
 
-def _counter(tokenizer: Any, limit: int, prompt: str) -> Callable[[list[str]], list[int]]:
-    """Return a function that counts the tokens of texts behind a prompt, 0 for a text without any that is known."""
+def _counter(folder: Path, tokenizer: Any, limit: int, prompt: str) -> Callable[[list[str]], list[int]]:
+    """Return a function that counts the tokens of texts behind a prompt, 0 for a text without any that is known.
+
+    Raises ModelError for a tokenizer without a vocabulary, as transformers makes where its files are missing.
+    """
     special = set(tokenizer.all_special_ids)
+    if len(tokenizer) <= len(special):
+        raise ModelError(f"{folder}: its tokenizer has no vocabulary; save or fetch the model again")
 
     def count(texts: list[str]) -> list[int]:
         if not texts:
@@ -241,7 +246,7 @@ def _sentence_transformer(folder: Path, device: str) -> _Model:
     if hasattr(tokenizer, "all_special_ids"):
         limit = min(int(model.max_seq_length or _TOKENS), _TOKENS)
         model.max_seq_length = limit
-        tokenize = _counter(tokenizer, limit, model.prompts.get(model.default_prompt_name) or "")
+        tokenize = _counter(folder, tokenizer, limit, model.prompts.get(model.default_prompt_name) or "")
 
     def forward(texts: list[str]) -> torch.Tensor:
         found: torch.Tensor = model.encode(
@@ -268,7 +273,7 @@ def _transformer(folder: Path, device: str) -> _Model:
         states: torch.Tensor = network(**inputs).last_hidden_state
         return states.float().mean(1)
 
-    return _Network(device, int(network.config.hidden_size), _counter(tokenizer, limit, ""), forward)
+    return _Network(device, int(network.config.hidden_size), _counter(folder, tokenizer, limit, ""), forward)
 
 
 def _whole(load: Callable[[], nn.Module], folder: Path) -> Any:
