@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
-from .config import digest_of
+from .config import Config, digest_of
 from .embedding_join import METHOD, embedding_join
 from .encoders import UNCALIBRATED
 from .encoders.captions import CaptionEncoder
@@ -24,16 +24,16 @@ log = logging.getLogger(__name__)
 _CHUNK = 1 << 13  # texts in one file of embeddings
 
 
-def semantic_similarity(encoder: CaptionEncoder, wanted: float | None) -> float:
-    """Return the cosine at which two captions say the same: the wanted one, or the encoder's own, or a cautious one."""
-    if wanted is None and encoder.similarity is None:
+def semantic_similarity(encoder: CaptionEncoder, config: Config) -> float:
+    """Return the cosine at which two captions say the same: as configured, the encoder's own, or a cautious one."""
+    if config.captions.encoder_similarity is None and encoder.similarity is None:
         log.warning(
             "%s: the cosine of captions that say the same was never measured; %.2f is used, or set "
             "captions.encoder_similarity",
-            encoder.identity.partition("/")[0],
+            config.captions.encoder,
             UNCALIBRATED,
         )
-    return wanted or encoder.similarity or UNCALIBRATED
+    return config.captions.encoder_similarity or encoder.similarity or UNCALIBRATED
 
 
 def semantic_edges(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +26,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTra
 
 from memfilter import caption_edges
 from memfilter.caption_edges import semantic_edges, semantic_similarity
+from memfilter.config import Config
 from memfilter.encoders.captions import CaptionEncoder, caption_encoder, public_caption_name
 from memfilter.errors import ConfigError, MemfilterError, ModelError
 from memfilter.store import Store, read_note
@@ -129,6 +130,15 @@ def test_texts_without_a_known_token_have_rows_of_zeros_and_all_others_unit_leng
     assert not lengths[[0, 1, 2, 3, 5]].any()
     assert lengths[[4, 6]] == pytest.approx([1, 1], abs=1e-6)
     assert caption_encoder(str(models[form])).encode([]).shape == (0, rows.shape[1])
+
+
+@on_cpu
+def test_a_static_embedding_of_sentence_transformers(models: dict[str, Path]) -> None:
+    texts = ["a dog runs", "the cat", "dog " * 25_000, "ein hund"]
+    rows = caption_encoder(f"sentence-transformers:{models['model2vec']}").encode(texts)
+    own = sentence_transformers.SentenceTransformer(str(models["model2vec"]), device="cpu").encode(texts)
+    np.testing.assert_allclose(rows, unit(own), atol=2e-6)
+    np.testing.assert_allclose(rows, caption_encoder(str(models["model2vec"])).encode(texts), atol=2e-6)
 
 
 def test_a_long_text_is_seen_as_far_as_there_is_room(models: dict[str, Path]) -> None:
@@ -286,6 +296,25 @@ def test_code_that_a_config_names_is_not_run(copies: dict[str, Path]) -> None:
         assert not ran.exists()
 
 
+@pytest.mark.parametrize("kernel", ["some/kernel", "flash_attention_2", {"": "some/kernel"}])
+def test_settings_that_fetch_compiled_code_are_refused(copies: dict[str, Path], kernel: Any) -> None:
+    config, sentence = (
+        copies["transformers"] / "config.json",
+        copies["sentence-transformers"] / "sentence_bert_config.json",
+    )
+    for path, setting in (
+        (config, {"_attn_implementation": kernel}),
+        (config, {"text_config": {"attn_implementation": kernel}}),
+        (config, {"quantization_config": {"quant_method": "fp8"}}),
+        (sentence, {"model_kwargs": {"attn_implementation": kernel}}),
+    ):
+        before = path.read_text()
+        path.write_text(json.dumps(json.loads(before) | setting))
+        assert error_of(str(path.parent)).startswith(f"ModelError {path}: sets ")
+        path.write_text(before)
+        assert caption_encoder(str(path.parent)).identity
+
+
 def test_damaged_settings_and_adapters(copies: dict[str, Path]) -> None:
     folder = copies["sentence-transformers"]
     for text in ("{", "[1]", '[{"idx": 0}]'):
@@ -309,6 +338,7 @@ def test_files_that_change_after_the_digest_are_told(copies: dict[str, Path]) ->
 
 OFFLINE = """
 import sys
+from memfilter.config import Config
 from memfilter.encoders.captions import caption_encoder
 from memfilter.errors import MemfilterError
 for spec in sys.argv[1:]:
@@ -370,7 +400,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_an_encoder_of_ones_own(own: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     encoder = caption_encoder(f"{own}:Letters")
-    assert semantic_similarity(encoder, None) == 0.99
+    assert semantic_similarity(encoder, Config()) == 0.99
     a, b, distance = semantic_edges(
         ["listen", "", "dog", "silent", "12", "God"], Store(tmp_path), encoder, 0.99, "anagrams"
     )
@@ -380,11 +410,12 @@ def test_an_encoder_of_ones_own(own: str, tmp_path: Path, caplog: pytest.LogCapt
     assert unnamed.startswith(f"ConfigError captions.encoder = '{own}:unnamed': identity is ''; an encoder's is a text")
     assert no_unit.endswith("encode returned a row of length 5.1; rows are of length 1")
     assert "cannot be imported and called (AttributeError" in error_of(f"{own}:nothing")
-    with caplog.at_level(logging.WARNING):
-        assert semantic_similarity(caption_encoder(f"{own}:unknown_cosine"), None) == 0.95
-        assert semantic_similarity(caption_encoder(f"{own}:unknown_cosine"), 0.8) == 0.8
+    unmeasured = {"encoder": f"{own}:unknown_cosine"}
+    for given, expected in (({}, 0.95), ({"encoder_similarity": 0.8}, 0.8)):
+        config = Config.parse({"captions": unmeasured | given})
+        assert semantic_similarity(caption_encoder(f"{own}:unknown_cosine"), config) == expected
     assert [r.getMessage() for r in caplog.records] == [
-        "letters-1: the cosine of captions that say the same was never measured; 0.95 is used, or set "
+        f"{own}:unknown_cosine: the cosine of captions that say the same was never measured; 0.95 is used, or set "
         "captions.encoder_similarity"
     ]
 
@@ -393,15 +424,13 @@ def test_an_encoder_of_ones_own(own: str, tmp_path: Path, caplog: pytest.LogCapt
 
 
 class Counting:
-    """An encoder that counts the texts that it is given, and is killed before a certain one."""
+    """An encoder that counts the texts that it is given."""
 
-    def __init__(self, encoder: CaptionEncoder, killed_at: int | None = None) -> None:
-        self._encoder, self._killed_at, self.seen = encoder, killed_at, 0
+    def __init__(self, encoder: CaptionEncoder) -> None:
+        self._encoder, self.seen = encoder, 0
         self.identity, self.dim, self.similarity = encoder.identity, encoder.dim, encoder.similarity
 
     def encode(self, texts: list[str]) -> npt.NDArray[np.float32]:
-        if self._killed_at is not None and self.seen >= self._killed_at:
-            raise KeyboardInterrupt
         self.seen += len(texts)
         return self._encoder.encode(texts)
 
@@ -431,18 +460,41 @@ def test_the_edges_are_those_of_all_pairs(models: dict[str, Path], tmp_path: Pat
     assert [p.name for p in (tmp_path / "edges").iterdir()] == ["caption.parquet"]
 
 
+KILLED = """
+import json, os, signal, sys
+from memfilter import caption_edges
+from memfilter.encoders.captions import caption_encoder
+from memfilter.store import Store
+
+class Dying:
+    def __init__(self, encoder):
+        self.encoder, self.calls = encoder, 0
+        self.identity, self.dim = encoder.identity, encoder.dim
+
+    def encode(self, texts):
+        self.calls += 1
+        if self.calls == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.encoder.encode(texts)
+
+folder, out = sys.argv[1:]
+caption_edges._CHUNK = 64
+caption_edges.semantic_edges(json.load(sys.stdin), Store(out), Dying(caption_encoder(folder)), 0.9, "some")
+"""
+
+
 def test_a_killed_call_goes_on_from_what_it_embedded(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(caption_edges, "_CHUNK", 64)
-    texts, encoder = sentences(300), caption_encoder(str(models["transformers"]))
-    whole = semantic_edges(texts, Store(tmp_path / "whole"), Counting(encoder), 0.9, "some")
-    store, killed = Store(tmp_path / "killed"), Counting(encoder, killed_at=128)
-    with pytest.raises(KeyboardInterrupt):
-        semantic_edges(texts, store, killed, 0.9, "some")
-    after = Counting(encoder)
-    again = semantic_edges(texts, store, after, 0.9, "some")
-    assert (killed.seen, after.seen) == (128, len(texts) - 128)
+    texts, folder = sentences(300), str(models["model2vec"])
+    whole = semantic_edges(texts, Store(tmp_path / "whole"), caption_encoder(folder), 0.9, "some")
+    command = [sys.executable, "-c", KILLED, folder, str(tmp_path / "killed")]
+    killed = subprocess.run(command, input=json.dumps(texts), text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    after = Counting(caption_encoder(folder))
+    again = semantic_edges(texts, Store(tmp_path / "killed"), after, 0.9, "some")
+    assert after.seen == len(texts) - 128
     assert all(np.array_equal(x, y) for x, y in zip(whole, again, strict=True))
     files = [(tmp_path / name / "edges" / "caption.parquet").read_bytes() for name in ("whole", "killed")]
     assert files[0] == files[1]

@@ -56,7 +56,7 @@ class Pretrained:
         self.weights = weights.digest(recipe.file)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = "float16" if self._device.type == "cuda" else "float32"
-        about = [recipe.settings, self.preprocessing, [installed(name) for name in (*recipe.libraries, "torch")]]
+        about = [recipe.settings, self.preprocessing, [_version(name) for name in (*recipe.libraries, "torch")]]
         shape = f"{self.side}px-{self.frame.mode}-{self.frame.edge}-{self.frame.filter}"
         where = f"{self.dtype}-{self._device.type}"
         self.identity = f"{recipe.kind}/sha256-{self.weights}/{shape}/{where}/{digest_of(about)}"
@@ -123,8 +123,7 @@ class Pretrained:
 
 
 @cache
-def installed(library: str) -> str:
-    """Return the version of an installed library."""
+def _version(library: str) -> str:
     return version(library)
 
 

@@ -6,8 +6,9 @@ Only tensors and settings are read: what would be unpickled, or names code of it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -53,14 +54,12 @@ class SavedEncoder:
     similarity: float | None = None
 
     def __init__(self, kind: str, folder: Path) -> None:
-        from .pretrained import installed
-
         self._kind, self._folder = kind, folder
         _check(kind, folder)
         self._device = "cpu" if kind == "model2vec" else _device()
         self.dtype = "float16" if self._device == "cuda" else "float32"
         self.weights = _digest(folder)  # of all its files
-        about = digest_of([[name, installed(name)] for name in _LIBRARIES[kind]])
+        about = digest_of([[name, version(name)] for name in _LIBRARIES[kind]])
         self.identity = f"{kind}/files-{self.weights}/{_TOKENS}-tokens/{self.dtype}-{self._device}/{about}"
 
     @property
@@ -88,12 +87,9 @@ class SavedEncoder:
 
     @cached_property
     def _model(self) -> _Model:
-        from ..denoisers import quiet
-
         load = {"model2vec": _model2vec, "sentence-transformers": _sentence_transformer, "transformers": _transformer}
         try:
-            with quiet():
-                model = load[self._kind](self._folder, self._device)
+            model = load[self._kind](self._folder, self._device)
         except MemfilterError:
             raise
         except ImportError as e:
@@ -134,6 +130,7 @@ def _check(kind: str, folder: Path) -> None:
     elif kind == "model2vec" and not any(folder.glob("*.safetensors")) and (folder / "0_StaticEmbedding").is_dir():
         parts = [folder / "0_StaticEmbedding"]
     for part in parts:
+        _refuse_kernels(part)
         found = sorted(part.glob("*.safetensors"))
         for file in found:
             weights.check(file)
@@ -141,6 +138,28 @@ def _check(kind: str, folder: Path) -> None:
             raise ModelError(f"{part}: holds pickled weights, which may run code; save them as safetensors")
         if not found:
             raise ModelError(f"{part}: has no *.safetensors: not a whole model; save or fetch it again")
+
+
+def _refuse_kernels(part: Path) -> None:
+    """Raise ModelError for settings at which transformers fetches compiled code from the hub."""
+    for path in (part / "config.json", *sorted(part.glob("sentence_*_config.json"))):
+        if path.is_file():
+            try:
+                pairs = list(_pairs(json.loads(path.read_text(encoding="utf-8"))))
+            except (OSError, ValueError) as e:
+                raise ModelError(f"{path}: cannot be read: {in_one_line(e)[:200]}") from e
+            for key, value in pairs:
+                plain = key.endswith("attn_implementation") and value in ("eager", "sdpa", None)
+                if key.endswith(("attn_implementation", "quantization_config")) and not plain:
+                    raise ModelError(f"{path}: sets {key}, which may run code of others; remove it, or save without it")
+
+
+def _pairs(settings: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every key with its value, at any depth."""
+    if isinstance(settings, dict):
+        yield from settings.items()
+    for value in settings.values() if isinstance(settings, dict) else settings if isinstance(settings, list) else ():
+        yield from _pairs(value)
 
 
 def _module_folders(folder: Path) -> list[Path]:
@@ -283,8 +302,10 @@ def _whole(load: Callable[[], nn.Module], folder: Path) -> Any:
     """
     import torch
 
+    from ..denoisers import quiet
+
     made = []
-    with torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         for seed in (0, 1):
             torch.manual_seed(seed)
             made.append(load())
