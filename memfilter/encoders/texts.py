@@ -59,7 +59,7 @@ class SavedEncoder:
         self._device = "cpu" if kind == "model2vec" else _device()
         self.dtype = "float16" if self._device == "cuda" else "float32"
         self.weights = _digest(folder)  # of all its files
-        about = digest_of([[name, version(name)] for name in _LIBRARIES[kind]])
+        about = digest_of([_BATCH, [[name, version(name)] for name in _LIBRARIES[kind]]])
         self.identity = f"{kind}/files-{self.weights}/{_TOKENS}-tokens/{self.dtype}-{self._device}/{about}"
 
     @property
@@ -87,7 +87,7 @@ class SavedEncoder:
 
     @cached_property
     def _model(self) -> _Model:
-        load = {"model2vec": _model2vec, "sentence-transformers": _sentence_transformer, "transformers": _transformer}
+        load = {"model2vec": _Model2vec, "sentence-transformers": _sentence_transformer, "transformers": _transformer}
         try:
             model = load[self._kind](self._folder, self._device)
         except MemfilterError:
@@ -122,14 +122,14 @@ def _digest(folder: Path) -> str:
 
 def _check(kind: str, folder: Path) -> None:
     """Raise ModelError for a folder that lacks weights, or from which more than tensors and settings would be read."""
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(f"{folder}: is an adapter to another model; merge the two, and save the result")
     parts = [folder]
     if kind == "sentence-transformers" and (folder / "modules.json").exists():
         parts = _module_folders(folder)
     elif kind == "model2vec" and not any(folder.glob("*.safetensors")) and (folder / "0_StaticEmbedding").is_dir():
         parts = [folder / "0_StaticEmbedding"]
     for part in parts:
+        if (part / "adapter_config.json").exists():
+            raise ModelError(f"{part}: is an adapter to another model; merge the two, and save the result")
         _refuse_kernels(part)
         found = sorted(part.glob("*.safetensors"))
         for file in found:
@@ -182,7 +182,7 @@ def _module_folders(folder: Path) -> list[Path]:
 # -- the libraries ----------------------------------------------------------------------------------------------------
 
 
-class _model2vec:
+class _Model2vec:
     """Means of the vectors of a text's tokens."""
 
     def __init__(self, folder: Path, device: str) -> None:
