@@ -8,22 +8,30 @@ is the caption that most samples use, then the first by text; the others have a 
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from .caption_edges import semantic_edges, semantic_similarity
 from .caption_join import METHOD, NO_EDGES, Joined, banding, caption_join
 from .captions import normalise, template
 from .config import Config, digest_of
 from .edges import signatures_digest
-from .records import CAPTION_KEEPERS, CAPTION_METHODS, Ints, Samples, voids
+from .encoders.captions import CaptionEncoder, caption_encoder
+from .records import CAPTION_KEEPERS, CAPTION_METHODS, Ints, Pairs, Samples, voids
 from .store import Store, done, read_table, write_table
 
 EXACT, TEMPLATE, NEAR, SEMANTIC = CAPTION_METHODS
 _BATCH = 1 << 17
+
+
+def check_captions(config: Config) -> None:
+    """Raise ConfigError or ModelError where the encoder of the tier `semantic` cannot be had."""
+    if SEMANTIC in config.captions.tiers:
+        caption_encoder(config.captions.encoder or "")
 
 
 def caption_keepers(samples: Samples, captions: pa.Table, caption: Ints, store: Store, config: Config) -> pa.Table:
@@ -33,50 +41,84 @@ def caption_keepers(samples: Samples, captions: pa.Table, caption: Ints, store: 
     character, is in no group: -1.
     """
     tiers, near = config.captions.tiers, config.captions.near_jaccard
+    semantic = _Semantic.of(config) if SEMANTIC in tiers else None
     inputs = signatures_digest(samples.shards, store)
-    key = digest_of(["caption-groups-1", METHOD, inputs, sorted(tiers), near if NEAR in tiers else None])
+    by_meaning = semantic and [semantic.encoder.identity, semantic.similarity]
+    key = digest_of(["caption-groups-1", METHOD, inputs, sorted(tiers), near if NEAR in tiers else None, by_meaning])
     if not done(store.caption_groups, key):
-        table, note = _keepers(samples, captions, caption, config, store.caption_groups.with_suffix("") / key)
-        write_table(store.caption_groups, table, key, note)
+        text, row_of = _texts(samples, caption, len(captions), EXACT in tiers)
+        texts = captions["text"].take(pa.array(text))
+        edges = semantic.edges(texts, store, digest_of([inputs, EXACT in tiers])) if semantic else NO_EDGES
+        joined = _join(texts, edges, config, store.caption_groups.with_suffix("") / key)
+        write_table(store.caption_groups, _table(text, row_of, joined), key, _note(len(text), config, semantic))
     shutil.rmtree(store.caption_groups.with_suffix(""), ignore_errors=True)
     return read_table(store.caption_groups)
 
 
-def _keepers(
-    samples: Samples, captions: pa.Table, caption: Ints, config: Config, work: Path
-) -> tuple[pa.Table, dict[str, Any]]:
-    """Return the table of keepers, and what is told of the join."""
-    tiers = config.captions.tiers
+@dataclass(frozen=True)
+class _Semantic:
+    """The encoder of the tier `semantic`, and the cosine from which captions say the same."""
+
+    encoder: CaptionEncoder
+    similarity: float
+
+    @classmethod
+    def of(cls, config: Config) -> _Semantic:
+        encoder = caption_encoder(config.captions.encoder or "")
+        return cls(encoder, semantic_similarity(encoder, config))
+
+    def edges(self, texts: pa.ChunkedArray, store: Store, inputs: str) -> Pairs:
+        return semantic_edges(texts, store, self.encoder, self.similarity, inputs)
+
+
+def _texts(samples: Samples, caption: Ints, captions: int, exact: bool) -> tuple[Ints, Ints]:
+    """Return the captions to compare, as rows in the order of their visit, and of each row the place of its own (-1).
+
+    With `exact`, captions of one normal form are one, the most used of them, then the first.
+    """
     rows = np.flatnonzero(samples.good & samples.table["fingerprint"].is_valid().to_numpy())
     own, first, use = np.unique(caption[rows], return_index=True, return_counts=True)
-    # captions of one normal form are one text, the most used of them, then the first
     prints = voids(samples.table["fingerprint"])[rows[first]]
-    form = np.unique(prints, return_inverse=True)[1] if EXACT in tiers else np.arange(len(own))
+    form = np.unique(prints, return_inverse=True)[1] if exact else np.arange(len(own))
     order = np.lexsort((own, -use, form))
     text = own[order[np.unique(form[order], return_index=True)[1]]]
     visited = np.lexsort((text, -np.bincount(form, use, len(text)).astype(np.int64)))
     place = np.empty(len(text), np.int64)
     place[visited] = np.arange(len(text))
-
-    joined = _join(captions["text"].take(pa.array(text[visited])), config, work)
-    n = len(captions)
-    keeper, method, distance = np.full(n, -1), np.zeros(n, np.int8), np.zeros(n, np.float32)
-    keeper[own] = text[visited[joined.keeper[place[form]]]]
-    method[own], distance[own] = joined.method[place[form]], joined.distance[place[form]]
-    note: dict[str, Any] = {"captions": len(text)}
-    if NEAR in tiers:
-        used = banding(len(text), config.captions.near_jaccard)
-        note |= {**asdict(used), "recall_at_threshold": round(used.recall(config.captions.near_jaccard), 6)}
-    return pa.table([keeper, method, distance], schema=CAPTION_KEEPERS), note
+    place_of = np.full(captions, -1)
+    place_of[own] = place[form]
+    return text[visited], place_of
 
 
-def _join(texts: pa.ChunkedArray, config: Config, work: Path) -> Joined:
+def _join(texts: pa.ChunkedArray, edges: Pairs, config: Config, work: Path) -> Joined:
     """Return the groups of captions that are unlike in their normal form, in the order in which they are visited."""
     tiers, n = config.captions.tiers, len(texts)
     if not {*tiers} - {EXACT}:
         return Joined(np.arange(n), np.zeros(n, np.int8), np.zeros(n, np.float32))
     normal, classes = forms(texts, TEMPLATE in tiers)
-    return caption_join(normal, classes, config.captions.near_jaccard if NEAR in tiers else None, NO_EDGES, work)
+    return caption_join(normal, classes, config.captions.near_jaccard if NEAR in tiers else None, edges, work)
+
+
+def _table(text: Ints, place: Ints, joined: Joined) -> pa.Table:
+    """Return keeper, method and distance of every distinct caption."""
+    used = place >= 0
+    keeper = np.where(used, text[joined.keeper[place]], -1) if len(text) else place
+    method = np.where(used, joined.method[place], 0) if len(text) else np.zeros(len(place), np.int8)
+    distance = np.where(used, joined.distance[place], 0) if len(text) else np.zeros(len(place), np.float32)
+    return pa.table([keeper, method.astype(np.int8), distance.astype(np.float32)], schema=CAPTION_KEEPERS)
+
+
+def _note(texts: int, config: Config, semantic: _Semantic | None) -> dict[str, Any]:
+    """Return what the manifest tells of the join."""
+    note: dict[str, Any] = {"captions": texts}
+    if NEAR in config.captions.tiers:
+        used, jaccard = banding(texts, config.captions.near_jaccard), config.captions.near_jaccard
+        note |= {**asdict(used), "recall_at_threshold": round(used.recall(jaccard), 6)}
+    if semantic:
+        weights = getattr(semantic.encoder, "weights", None)
+        about = {"identity": semantic.encoder.identity, "weights": weights, "similarity": semantic.similarity}
+        note["encoder"] = about
+    return note
 
 
 def forms(texts: pa.ChunkedArray, templates: bool) -> tuple[pa.LargeStringArray, Ints]:

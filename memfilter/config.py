@@ -118,6 +118,15 @@ class Captions(_Section):
         tuple[Literal["exact", "template", "near", "semantic"], ...], Field(min_length=1, strict=False)
     ] = ("exact", "template", "near")
     near_jaccard: Annotated[float, Field(ge=0.3, le=1)] = 0.7
+    encoder: Annotated[str | None, Field(validate_default=True)] = None
+    encoder_similarity: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @field_validator("encoder")
+    @classmethod
+    def _for_the_tier(cls, encoder: str | None, info: ValidationInfo) -> str | None:
+        if encoder is None and "semantic" in info.data.get("tiers", ()):
+            raise PydanticCustomError("encoder", "The tier 'semantic' needs one, as in 'model2vec:FOLDER'")
+        return encoder
 
 
 class Quantile(_Section):

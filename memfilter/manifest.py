@@ -85,6 +85,8 @@ def _files(store: Store, samples: Samples, about: dict[str, Any]) -> dict[str, s
     paths += [path for s in samples.shards for path in (store.signatures(s.name), store.manifest_part(s.name))]
     if config["images"]["encoder"] is not None:
         paths.append(store.edges / "embedding.parquet")
+    if "semantic" in config["captions"]["tiers"]:
+        paths.append(store.edges / "caption.parquet")
     if about["magnitude"] is not None:
         paths.append(store.scores / "captions.parquet")
         if isinstance(config["magnitude"]["threshold"], dict) and "reference" in config["magnitude"]["threshold"]:

@@ -14,12 +14,13 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from . import executors, manifest, sink
-from .caption_groups import caption_keepers
+from .caption_groups import caption_keepers, check_captions
 from .config import Config, Input, digest_of
 from .decisions import decide
 from .denoisers import ModelFiles, find_model
 from .edges import find_edges, similarity
 from .encoders import described, image_encoder, public_name
+from .encoders.captions import public_caption_name
 from .errors import ConfigError, RunError
 from .generalisation import FLAGS, flagged, general_captions, outcome, read_generalised, rewrite
 from .groups import distinct_captions, group, load_samples
@@ -48,6 +49,7 @@ def run(patterns: list[str], out: str | Path, config: Config | None = None, work
     check_threshold(config)
     check_hash(config)
     image_encoder(config.images.encoder)  # one that cannot be had is told before anything is written
+    check_captions(config)
     model = find_model(config.magnitude.model) if config.magnitude.model else None
     with store.locked():
         _forget_changed(shards, stored, store)
@@ -127,6 +129,7 @@ class _Finished:
             self.config = Config.parse({**values, "generalise": {**values["generalise"], **generalise}})
         check_threshold(self.config)
         check_hash(self.config)
+        check_captions(self.config)
         if self.config.magnitude.model != before.magnitude.model:
             self.model = find_model(self.config.magnitude.model) if self.config.magnitude.model else None
 
@@ -255,6 +258,7 @@ def _about(
     dump = config.model_dump(mode="json")
     dump["input"]["root"] = None  # where the data lies is no part of the result
     dump["images"]["encoder"] = public_name(config.images.encoder)
+    dump["captions"]["encoder"] = public_caption_name(config.captions.encoder)
     dump["magnitude"]["model"] = scores and scores.info["model"]
     del dump["generalise"]  # what was rewritten, and by what, stands in `generalised`
     if isinstance(dump["magnitude"]["threshold"], dict) and "reference" in dump["magnitude"]["threshold"]:

@@ -34,7 +34,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "encoder_similarity": None,
         "keep": ["resolution", "bytes", "caption_length", "uid"],
     },
-    "captions": {"tiers": ["exact"]},
+    "captions": {"tiers": ["exact"], "encoder": None, "encoder_similarity": None},
     "magnitude": {
         "model": None,
         "mode": "prompt",
@@ -77,6 +77,8 @@ OTHERS: dict[str, Any] = {
     "images.encoder_similarity": 1.0,
     "images.keep": ["uid"],
     "captions.tiers": ["exact", "exact"],
+    "captions.encoder": "model2vec:a/folder",
+    "captions.encoder_similarity": 0.9,
     "magnitude.model": "some/model",
     "magnitude.seeds": 4,
     "magnitude.dtype": "bfloat16",
@@ -247,6 +249,8 @@ WRONG = {
         "[{field: a, order: [b], best: c}]",
     ],
     "captions.tiers": ["[fuzzy]", "exact"],
+    "captions.encoder": ["3", "[model2vec]"],
+    "captions.encoder_similarity": ["0", "1.01", "-1", "high", ".nan", "true"],
     "magnitude.model": ["3", "{}"],
     "magnitude.mode": ["image", "null"],
     "magnitude.seeds": ["0", "-1", "2.5"],
@@ -282,6 +286,13 @@ def test_a_wrong_type_or_range_names_its_key_and_value(key: str, value: str, tmp
 def test_a_value_out_of_range_is_told_with_the_range(tmp_path: Path) -> None:
     message = refusal(tmp_path, "images: {hash_radius: 17}")
     assert message == "images.hash_radius = 17: Input should be less than or equal to 16, or 31 with hash: pdq"
+
+
+def test_the_semantic_tier_needs_an_encoder(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "captions: {tiers: [exact, semantic]}")
+    assert message == "captions.encoder = None: The tier 'semantic' needs one, as in 'model2vec:FOLDER'"
+    config = loaded(tmp_path, "captions: {tiers: [exact, semantic], encoder: 'model2vec:a/folder'}")
+    assert config.captions.tiers == ("exact", "semantic")
 
 
 def test_a_section_that_is_no_mapping_is_refused(tmp_path: Path) -> None:

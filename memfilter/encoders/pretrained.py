@@ -90,7 +90,7 @@ class Pretrained:
 
     def _rows(self, images: npt.NDArray[np.uint8]) -> Tensor:
         mean, std = (torch.tensor(v, device=self._device)[:, None, None] for v in (self._recipe.mean, self._recipe.std))
-        with torch.inference_mode(), _one_thread():
+        with torch.inference_mode(), one_thread():
             # a view of (N, H, W, C) memory: channels last, as convolutions like it
             levels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2)
             inputs = (levels.float() / 255 - mean) / std
@@ -128,7 +128,7 @@ def _version(library: str) -> str:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Keep torch to one thread on the CPU: sums in another order are other numbers, and workers share the machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -21,7 +21,7 @@ def digest(path: Path) -> str:
     return _sha256(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
-@lru_cache(8)
+@lru_cache(64)
 def _sha256(path: Path, *_stat: int) -> str:
     sha256 = hashlib.sha256()
     with open(path, "rb") as f:
@@ -102,6 +102,33 @@ def fetched(repository: str, names: tuple[str, ...]) -> Path:
         f"{repository}: no {' or '.join(names)} in the hub's cache here, nor to be had from the hub "
         f"({type(cause).__name__}); run '{command}' where there is a network, and bring its HF_HOME here"
     ) from cause
+
+
+def fetched_folder(repository: str, patterns: tuple[str, ...]) -> Path:
+    """Return the folder of a hub repository (`ORG/NAME`, `ORG/NAME@REVISION`), with its files of these patterns.
+
+    What is in the hub's cache on this machine is taken without a look at the network, if it has weights; raises
+    ModelError where there is nothing and it cannot be downloaded.
+    """
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = repository.partition("@")
+    cause = "no *.safetensors"
+    for local in (True, False):
+        try:
+            folder = snapshot_download(
+                repo, revision=revision or None, allow_patterns=list(patterns), local_files_only=local
+            )
+        except Exception as e:  # the hub's client raises what it likes
+            cause = type(e).__name__
+            continue
+        if any(Path(str(folder)).rglob("*.safetensors")):
+            return Path(str(folder))
+    command = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+    raise ModelError(
+        f"{repository}: no weights in the hub's cache here, nor to be had from the hub ({cause}); run '{command}' "
+        "where there is a network, and bring its HF_HOME here"
+    )
 
 
 def downloaded(url: str) -> Path:
