@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,6 +32,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def words(seed: int) -> str:
+    """Return a caption of five made-up words: unlike that of any other seed in every tier."""
+    draw = random.Random(f"caption {seed}")
+    return " ".join("".join(draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(3)) for _ in range(5))
 
 
 def picture(seed: int, width: int = 96, height: int = 80) -> Image.Image:

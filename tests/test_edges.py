@@ -52,7 +52,7 @@ def test_edited_copies_are_found_and_no_two_scenes_are_joined(planted: Path, tmp
     joined = {key: uids[row["canonical_uid"]] for key, row in found.items() if row["canonical_uid"]}
     assert all(key[-2:] == kept[-2:] for key, kept in joined.items())
     assert len(joined) >= 38  # of 40
-    by_embedding = [row for row in found.values() if row["reasons"] == ["embedding_duplicate"]]
+    by_embedding = [row for row in found.values() if row["reasons"][:1] == ["embedding_duplicate"]]
     assert len(by_embedding) >= 30
     assert all(0 <= row["match_distance"] <= 0.9 for row in by_embedding)
 

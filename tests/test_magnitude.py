@@ -571,7 +571,7 @@ def test_a_run_masks_exactly_the_captions_at_or_above_the_threshold(
         masked = expected[i] >= lowest
         assert row["action"] == ("mask" if masked else "keep")
         assert row["loss_weight"] == (0 if masked else 1)
-        assert row["reasons"] == (["magnitude"] if masked else [])
+        assert ("magnitude" in row["reasons"]) == masked
     assert manifest.counts["mask"] == (expected >= lowest).sum() >= 10
     assert manifest.info["threshold"] == lowest
     assert manifest.info["magnitude"]["seeds"] == 2

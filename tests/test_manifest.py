@@ -217,5 +217,6 @@ def test_the_table_has_the_promised_columns(masked: Manifest) -> None:
         *("uid", "shard", "index", "key", "action", "loss_weight", "reasons", "detail"),
         *("canonical_uid", "match_method", "match_distance", "image_group", "caption_group"),
         *("image_count", "caption_count", "joint_count", "duplication", "magnitude", "magnitude_eps", "captions"),
+        *("caption_match", "caption_distance", "caption_images", "image_captions", "mitigate"),
     ]
     assert masked.table().schema.field("uid").type == pa.binary(16)

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from conftest import encoded, picture, sample, write_tar
+from conftest import encoded, picture, sample, words, write_tar
 from PIL import ImageEnhance
 
 import memfilter
@@ -50,7 +50,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("planted")
     singles = [encoded(picture(i, 160, 120)) for i in range(40)]
     image = [picture(i, 160, 120) for i in range(40)]
-    captions = [f"picture number {i} of a series" for i in range(40)]
+    captions = [words(i) for i in range(40)]
     shards: list[list[tuple[str, bytes]]] = [[], [], [], []]
     for i in range(40):
         shards[i % 3] += sample(f"{i:04}", singles[i], captions[i])
@@ -64,7 +64,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, data in copies.items():
         shards[3] += sample(name, data, f"another caption for {name}")
     shards[3] += sample("pair", encoded(image[5], quality=60), captions[5])
-    shards[3] += sample("caption", encoded(picture(100, 160, 120)), "PICTURE number 6, of a series!")
+    shards[3] += sample("caption", encoded(picture(100, 160, 120)), captions[6].upper().replace(" ", ", ") + "!")
     shards[3] += sample("broken", singles[7][:500], "cut off")
     shards[3] += sample("alone", None, "no image")
     shards[3] += sample("twice", singles[8], "first") + sample("between", encoded(picture(101)), "between")
@@ -129,7 +129,7 @@ def test_filtered_shards_hold_exactly_the_kept_samples_byte_for_byte(finished: M
 
 def test_kept_captions_are_pooled_from_dropped_copies(finished: Manifest) -> None:
     found = rows(finished)
-    both = {"picture number 0 of a series", "another caption for exact"}
+    both = {words(0), "another caption for exact"}
     keeper = next(r for r in found.values() if r["captions"] and set(r["captions"]) == both)
     assert keeper["action"] == "keep"
     assert found["00001.tar", "0010"]["captions"] is None

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
-from conftest import encoded, picture, sample, write_tar
+from conftest import encoded, picture, sample, words, write_tar
 from PIL import Image, ImageDraw
 
 import memfilter
@@ -32,11 +32,11 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     folder = tmp_path_factory.mktemp("summary")
     members = []
     for i, side in enumerate((50, 60, 70, 80, 90)):
-        members += sample(f"white{i}", flat(255, side), f"a product, number {i}")
+        members += sample(f"white{i}", flat(255, side), words(i))
     members += sample("black0", flat(0, 64), "a night") + sample("black1", flat(3, 48), "a night")
     members += sample("grey", flat(128, 64), "fog")
     for i, side in enumerate((160, 200, 240, 280)):
-        members += sample(f"missing{i}", placeholder(side), f"a thing that is gone, number {i}")
+        members += sample(f"missing{i}", placeholder(side), words(10 + i))
     # the same plain picture under one caption is no placeholder
     for i, side in enumerate((160, 200, 240)):
         image = Image.open(io.BytesIO(placeholder(side))).transpose(Image.Transpose.ROTATE_90)
@@ -44,7 +44,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     for i in range(13):
         for copy in range(1 + i):
             data = encoded(picture(i, 160, 120), quality=95 - copy)
-            members += sample(f"picture{i:02}-{copy:02}", data, f"\x1b[31mpicture {i}\nof a series")
+            members += sample(f"picture{i:02}-{copy:02}", data, f"\x1b[31m{words(20 + i)}\nof a series")
     write_tar(folder / "data" / "00000.tar", members)
     return memfilter.run([str(folder / "data")], folder / "out", workers=1)
 
@@ -109,8 +109,8 @@ def test_the_ten_largest_groups_are_told_and_no_control_code_with_them(manifest:
     assert [g["kind"] for g in groups] == ["picture"] * 8 + ["blank", "picture"]
     assert (groups[8]["key"], groups[8]["captions"]) == ("white4", 5)
     text = "\n".join(lines(manifest.info, "out"))
-    assert "largest   13 x 00000.tar picture12-00 (1 caption) [31mpicture 12 of a series\n" in text
-    assert "\n          5 x blank 00000.tar white4 (5 captions) a product, number 4\n" in text
+    assert f"largest   13 x 00000.tar picture12-00 (1 caption) [31m{words(32)} of a series\n" in text
+    assert f"\n          5 x blank 00000.tar white4 (5 captions) {words(4)}\n" in text
     assert "\x1b" not in text
 
 
