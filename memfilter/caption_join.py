@@ -27,7 +27,7 @@ from .store import replacing
 _EXACT = 1024  # texts up to which each is compared with every keeper
 _RECALL = 0.995  # the chance that two texts just at the threshold share a band
 _MOST_BANDS = 32
-_MOST_ROWS = 16
+_MOST_ROWS = 8
 _CHUNK = 1 << 14
 _PART = 16  # chunks in one file
 _AHEAD = 8  # chunks that are signed, or being signed, before the visit takes them

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from memfilter.captions import fingerprint, normalise
+from memfilter.captions import fingerprint, normalise, template
 
 
 def same(*captions: str) -> bool:
@@ -158,3 +158,83 @@ def test_normalise_is_idempotent(caption: str) -> None:
 @given(st.text())
 def test_only_white_space_has_no_fingerprint(caption: str) -> None:
     assert (fingerprint(caption) is None) == (not caption.split())
+
+
+# -- templates --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [
+        ("car 5 of the race", "Car 77 of the race!", "car 1,024 of the race"),
+        ("a 5cm nail", "a 10cm nail", "A 2.5cm nail."),
+        ("photo DSC1234.jpg at the beach", "photo IMG_0012.JPG at the beach"),
+        ("see https://a.example/b?c=1 now", "see www.another.example now", "see shop.example.com now"),
+        ("parade on 5 January 2020", "parade on 12th of March 1999", "parade on July 4, 1976", "parade on 2020-01-05"),
+        ("SKU AB-1234 red shoe", "SKU CD-9981 red shoe", "SKU XY_77Z red shoe"),
+        ("a 10-year-old boy", "a 5-year-old boy"),
+        ("图片123号", "图片7号"),
+        ("٣ كلاب", "٢٠ كلاب"),
+        ("page 1 2 3", "page 4"),
+    ],
+    ids=lambda captions: captions[0],
+)
+def test_captions_of_one_template(captions: tuple[str, ...]) -> None:
+    assert template(captions[0]) is not None
+    assert len({template(c) for c in captions}) == 1
+    assert all_differ(*captions)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("a 5cm nail", "a 5mm nail"),
+        ("car 5 of the race", "car 5 of a race"),
+        ("see DSC1234.jpg", "see http://x.org"),
+        ("2 dogs", "2 cats"),
+    ],
+)
+def test_captions_of_two_templates(one: str, other: str) -> None:
+    assert None is not template(one) != template(other) is not None
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "",
+        " ",
+        "a dog",
+        "two dogs",
+        "123",
+        "IMG_1.jpg",
+        "https://x.org",
+        "...",
+        "🐕",
+        "mp3 player",
+        "e.g. a cat",
+        "U.S.A.",
+    ],
+)
+def test_a_caption_without_numbers_or_without_words_has_no_template(caption: str) -> None:
+    assert template(caption) is None
+
+
+@pytest.mark.parametrize("text", ["x" * 100_000 + ".5", "a.b" * 40_000, "1-" * 50_000, "1 jan " * 20_000])
+def test_a_template_takes_passable_time(text: str) -> None:
+    start = time.process_time()
+    template(text)
+    assert time.process_time() - start < 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text() | st.text("a1.-/_ :#\u202e٣"))
+def test_every_text_has_a_template_or_none(caption: str) -> None:
+    found = template(caption)
+    assert found is None or any(map(str.isalpha, found))
+
+
+def test_marks_that_nobody_sees_and_control_characters_are_no_content() -> None:
+    assert same("a cat", "\u202ba cat\u202c", "a\u00ad c\u200bat", "\ufeffa cat", "a\x00cat", "a\x1b cat")
+    assert same("שלום, world!", "\u200fשלום\u200e world", "שלום\u061c world")
+    assert fingerprint("\u200f") is not None
+    assert fingerprint("\x00") is not None
