@@ -19,11 +19,13 @@ from .errors import ConfigError, RunError
 from .records import (
     ACTIONS,
     DUPLICATION,
+    GENERALITY,
     KEEP,
     MANIFEST,
     METHODS,
     Decisions,
     Floats,
+    GeneralityScores,
     Groups,
     Ints,
     Samples,
@@ -39,7 +41,13 @@ SCHEMA_VERSION = 1
 
 
 def write_parts(
-    store: Store, samples: Samples, groups: Groups, decisions: Decisions, scores: Scores | None, own_uids: bool
+    store: Store,
+    samples: Samples,
+    groups: Groups,
+    decisions: Decisions,
+    scores: Scores | None,
+    generality: GeneralityScores | None,
+    own_uids: bool,
 ) -> None:
     """Write the parts and the look-up file; what would not change is left as it is.
 
@@ -49,7 +57,7 @@ def write_parts(
     uid = pc.fill_null(samples.table["uid"], bytes(16)).combine_chunks()
     for shard, start, end in zip(samples.shards, samples.first, samples.first[1:], strict=False):
         names = read_table(store.signatures(shard.name), ["uid", "index", "key", "bad", "detail"])
-        table = _rows(np.arange(start, end), shard.name, names, uid, groups, decisions, scores)
+        table = _rows(np.arange(start, end), shard.name, names, uid, groups, decisions, scores, generality)
         path = store.manifest_part(shard.name)
         digest = _content_digest(table)
         if not done(path, digest):
@@ -89,10 +97,13 @@ def _files(store: Store, samples: Samples, about: dict[str, Any]) -> dict[str, s
         paths.append(store.scores / "captions.parquet")
         if isinstance(config["magnitude"]["threshold"], dict) and "reference" in config["magnitude"]["threshold"]:
             paths.append(store.scores / "reference.parquet")
+    if about["generality"] is not None:
+        paths.append(store.generality / "captions.parquet")
     if about["generalised"] is not None:
         paths += [
             store.generalised,
             *([store.scores / "generalised.parquet"] if about["magnitude"] is not None else []),
+            *([store.generality / "generalised.parquet"] if about["generality"] is not None else []),
         ]
     return {p.relative_to(store.path).as_posix(): file_digest(p) for p in paths}
 
@@ -105,6 +116,7 @@ def _rows(
     groups: Groups,
     decisions: Decisions,
     scores: Scores | None,
+    generality: GeneralityScores | None,
 ) -> pa.Table:
     action, canonical, method = decisions.action[rows], decisions.canonical[rows], groups.method[rows]
     joined = method >= 0
@@ -129,6 +141,10 @@ def _rows(
         "magnitude": _of_rows(scores.magnitude if scores else None, groups.caption[rows]),
         "magnitude_eps": _of_rows(scores.magnitude_eps if scores else None, groups.caption[rows]),
         "captions": decisions.pooled.slice(rows[0] if len(rows) else 0, len(rows)),
+        **{
+            name: _of_rows(generality.values[:, i] if generality else None, groups.caption[rows])
+            for i, name in enumerate(GENERALITY.names)
+        },
     }
     return pa.table(columns, schema=MANIFEST)
 
@@ -136,7 +152,8 @@ def _rows(
 def _of_rows(column: Floats | None, caption: Ints) -> pa.Array:
     if column is None:
         return pa.nulls(len(caption), pa.float32())
-    values = np.append(column, np.float32(np.nan))[caption]  # a bad sample's caption is -1
+    values = np.full(len(caption), np.nan, np.float32)
+    values[caption >= 0] = column[caption[caption >= 0]]  # a bad sample's caption is -1
     return pa.array(values, mask=np.isnan(values))
 
 

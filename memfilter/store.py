@@ -44,6 +44,7 @@ class Store:
         self.captions = self.path / "captions" / "captions.parquet"
         self.scores = self.path / "scores"
         self.generalised = self.path / "generalised" / "captions.parquet"
+        self.generality = self.path / "generality"
         self.manifest = self.path / "manifest"
         self.shards = self.path / "shards"
 

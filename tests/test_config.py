@@ -56,6 +56,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "timeout": 60.0,
         "batch_size": 8,
     },
+    "generality": {"tagger": None, "wordnet": "/usr/share/wordnet", "abstraction": "corrected"},
 }
 
 # another value of every key
@@ -96,6 +97,9 @@ OTHERS: dict[str, Any] = {
     "generalise.endpoint": "http://localhost:8000/v1",
     "generalise.timeout": 5.0,
     "generalise.batch_size": 64,
+    "generality.tagger": "spacy:en_core_web_sm",
+    "generality.wordnet": "/data/wordnet",
+    "generality.abstraction": "reference",
 }
 KEYS = [f"{section}.{key}" for section, keys in DEFAULTS.items() for key in keys]
 

@@ -215,5 +215,6 @@ def test_the_table_has_the_promised_columns(masked: Manifest) -> None:
         *("uid", "shard", "index", "key", "action", "loss_weight", "reasons", "detail"),
         *("canonical_uid", "match_method", "match_distance", "image_group", "caption_group"),
         *("image_count", "caption_count", "joint_count", "duplication", "magnitude", "magnitude_eps", "captions"),
+        *("generality", "generality_specificity", "generality_broadness", "generality_tense", "generality_abstraction"),
     ]
     assert masked.table().schema.field("uid").type == pa.binary(16)
