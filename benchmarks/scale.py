@@ -60,7 +60,7 @@ def main() -> None:
         captions, caption = timed("captions", lambda: distinct_captions(samples, store))
         groups = timed("grouping", lambda: group(samples, edges, captions, caption, config))
         decisions = timed("decisions", lambda: decide(samples, groups, captions, None, None, config.policy))
-        timed("manifest", lambda: manifest.write_parts(store, samples, groups, decisions, None, False))
+        timed("manifest", lambda: manifest.write_parts(store, samples, groups, decisions, None, None, False))
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         written = sum(p.stat().st_size for p in store.manifest.rglob("*") if p.is_file())
     result = {

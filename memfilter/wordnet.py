@@ -75,7 +75,7 @@ class WordNet:
 
     @property
     def mean_depth(self) -> float:
-        """The mean depth of all noun senses: 7.6 for WordNet 3.0."""
+        """The mean depth of all noun senses: 7.96 for WordNet 3.0."""
         return self._means[1]
 
     def find(self, noun: str) -> Place | None:
@@ -135,13 +135,17 @@ class WordNet:
 
     @cached_property
     def _exceptions(self) -> dict[str, list[str]]:
-        """The base forms of irregular plurals."""
-        return {words[0]: words[1:] for _, line in self._lines("noun.exc") if (words := line.split())}
+        """The base forms of irregular plurals, of which some have several lines."""
+        found: defaultdict[str, list[str]] = defaultdict(list)
+        for _, line in self._lines("noun.exc"):
+            form, *bases = line.split()
+            found[form] += bases
+        return dict(found)
 
     def _lines(self, name: str) -> list[tuple[int, str]]:
         """Return the numbered lines of a file, without its licence, whose lines are indented."""
         lines = (self._folder / name).read_text(encoding="latin-1").split("\n")
-        return [(i, line) for i, line in enumerate(lines, 1) if line and not line.startswith("  ")]
+        return [(i, line) for i, line in enumerate(lines, 1) if line.strip() and not line.startswith("  ")]
 
 
 def _bases(word: str) -> list[str]:

@@ -148,7 +148,7 @@ def scored(tmp_path: Path) -> Manifest:
     decisions = decide(samples, groups, captions, scores, 2.0, config.policy)
     about = {k: v for k, v in run.info.items() if k not in ("schema_version", "counts", "files", "digest")}
     about["found"] = statistics(samples, groups, decisions, scores, store)
-    manifests.write_parts(store, samples, groups, decisions, scores, own_uids=False)
+    manifests.write_parts(store, samples, groups, decisions, scores, None, own_uids=False)
     return manifests.finish(store, samples, decisions, about)
 
 
