@@ -1,19 +1,21 @@
 """How general a caption is: the scores of Li et al., *Mitigate Replication and Copying in Diffusion Models with
-Generalized Caption and Dual Fusion Enhancement*, as their code computes them.
+Generalized Caption and Dual Fusion Enhancement*, as their code computes them (generality.py of
+github.com/HowardLi0816/dual-fusion-diffusion).
 
 Four sub-scores from 0 (specific) to 10 (general), and their mean.  Of a caption's tokens, punctuation among them:
 
 * specificity    10 * (1 - share of the tokens that belong to a named entity or are a number)
 * broadness      hyponyms of the first sense of each noun, summed, per token; 0 is 0, twice an ordinary word's or more
-                 is 10; 0 without nouns
+                 is 10, an ordinary word having all the hierarchy's hyponyms over 30,000; 0 without nouns
 * tense          10 * share of the verbs (no auxiliaries) in the present tense or the indicative mood; 5 without verbs
 * abstraction    from the mean depth of the nouns' first senses: 10 at the root, 0 at twice the hierarchy's mean depth
                  or more; 5 without nouns that the hierarchy has
 
 The reference gives deeper nouns, which are the more specific ones, the higher abstraction; `abstraction="reference"`
 does as it does: 10 minus ours.  It tags twice, by spaCy for names, numbers and verbs and by NLTK for nouns and words;
-here one tagger does both, so that a noun is NOUN or PROPN, and white space is no token.  It divides by zero without
-tokens; here such a caption has no score.  Of a longer caption the first 10,000 characters are judged.
+here one tagger does both, so that a noun is NOUN or PROPN, and white space is no token.  Its plurals
+are found by NLTK, which also turns -ves to -f, and ours by WordNet's own rules.  It divides by zero without tokens;
+here such a caption has no score.  Of a longer caption the first 10,000 characters are judged.
 """
 
 from __future__ import annotations

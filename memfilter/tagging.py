@@ -77,14 +77,15 @@ class Spacy:
     def __init__(self, name: str) -> None:
         if find_spec("spacy") is None:
             raise ConfigError("generality.tagger = 'spacy:...' needs spaCy: pip install 'memfilter[generality]'")
-        self._name: str | Path = Path(name) if Path(name).is_dir() else name
-        folder = self._name if isinstance(self._name, Path) else _package(self._name)
+        is_folder = Path(name).is_dir()
+        self._name: str | Path = Path(name) if is_folder else name
+        folder = Path(name) if is_folder else _package(name)
         if folder is None:
             raise ConfigError(
                 f"generality.tagger = 'spacy:{name}': no such pipeline is installed, and no such folder is here; "
                 f"python -m spacy download {'en_core_web_sm' if '/' in name else name}"
             )
-        if not any(folder.glob("config.cfg")) and not any(folder.glob("*/config.cfg")):
+        if not any(folder.glob("config.cfg" if is_folder else "*/config.cfg")):
             raise ConfigError(f"generality.tagger = 'spacy:{name}': {folder} has no config.cfg; it is no pipeline")
         files = sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
         digests = {p.relative_to(folder).as_posix(): file_digest(p) for p in files}
@@ -92,8 +93,9 @@ class Spacy:
 
     def tag(self, captions: list[str]) -> list[list[Token]]:
         """Return of each caption its tokens; raises ModelError for a pipeline that cannot be read or lacks tags."""
-        docs = self._pipeline.pipe(captions, batch_size=_BATCH)
-        return [[_token(token) for token in doc if not token.is_space] for doc in docs]
+        with self._pipeline.memory_zone():  # without it every word that was ever seen stays in memory
+            docs = self._pipeline.pipe(captions, batch_size=_BATCH)
+            return [[_token(token) for token in doc if not token.is_space] for doc in docs]
 
     @cached_property
     def _pipeline(self) -> Any:
@@ -105,9 +107,8 @@ class Spacy:
             cause = f"{type(e).__name__}: {in_one_line(e)[:200]}"
             raise ModelError(f"{self._name}: spaCy {version('spacy')} cannot read this pipeline ({cause})") from e
         makes = {name for component in pipeline.pipe_names for name in pipeline.get_pipe_meta(component).assigns}
-        if (
-            "token.pos" not in makes and "attribute_ruler" not in pipeline.pipe_factories.values()
-        ):  # it declares nothing
+        # an attribute ruler declares nothing
+        if "token.pos" not in makes and "attribute_ruler" not in pipeline.pipe_factories.values():
             raise ModelError(f"{self._name}: no component of this pipeline tells parts of speech; give another")
         if "doc.ents" not in makes:
             raise ModelError(f"{self._name}: no component of this pipeline tells named entities; give another")

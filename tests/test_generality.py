@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -416,6 +417,7 @@ def test_a_damaged_pipeline_is_one_line(tmp_path: Path) -> None:
         ("spacy:", "unknown; it is"),
         ("spacy:xx_no_such", "no such pipeline is installed.*python -m spacy download xx_no_such"),
         ("spacy:/no/such/folder", "no such pipeline is installed, and no such folder is here"),
+        ("spacy:..", "has no config.cfg; it is no pipeline"),
         ("spacy:json", "has no config.cfg; it is no pipeline"),
         ("no.such.module:tagger", "cannot be imported and called .ModuleNotFoundError"),
         ("test_generality:CAPTIONS", "cannot be imported and called .TypeError"),
@@ -428,6 +430,12 @@ def test_a_tagger_that_cannot_be_had_is_one_line(spec: str, cause: str) -> None:
     with pytest.raises(ConfigError, match=f"generality.tagger = '.*': .*{cause}") as e:
         find_tagger(spec)
     assert "\n" not in str(e.value)
+
+
+def test_without_spacy_its_package_is_named(monkeypatch: pytest.MonkeyPatch, by_rules: Path) -> None:
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(ConfigError, match=r"needs spaCy: pip install 'memfilter\[generality\]'"):
+        find_tagger(f"spacy:{by_rules}")
 
 
 def test_a_tagger_of_ones_own_is_named_by_its_function() -> None:
