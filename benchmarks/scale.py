@@ -62,7 +62,7 @@ def main() -> None:
         keepers = timed("caption groups", lambda: caption_keepers(samples, captions, caption, store, config))
         groups = timed("grouping", lambda: group(samples, edges, caption, keepers, config))
         decisions = timed("decisions", lambda: decide(samples, groups, captions, None, None, config.policy))
-        timed("manifest", lambda: manifest.write_parts(store, samples, groups, decisions, None, False))
+        timed("manifest", lambda: manifest.write_parts(store, samples, groups, decisions, None, None, False))
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         written = sum(p.stat().st_size for p in store.manifest.rglob("*") if p.is_file())
     result = {

@@ -82,6 +82,8 @@ def generalise(
     settings = {"model": None, "endpoint": None, **given} if rule or model else given
     manifest = pipeline.generalise(directory, config, workers, settings)
     click.echo(summary.generalised_line(manifest.info["generalised"]))
+    if manifest.info["generality"]:
+        click.echo(summary.generality_line(manifest.info["generality"]))
 
 
 @cli.command()

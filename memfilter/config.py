@@ -153,6 +153,14 @@ class Magnitude(_Section):
     threshold: Quantile | FalsePositiveRate | Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
+class Generality(_Section):
+    """How general each caption is: by which tagger, and by WordNet's nouns from which folder."""
+
+    tagger: str | None = None
+    wordnet: str = "/usr/share/wordnet"
+    abstraction: Literal["corrected", "reference"] = "corrected"
+
+
 class Policies(_Section):
     """What is done with the samples that the stages find."""
 
@@ -204,6 +212,7 @@ class Config(_Section):
     policy: Policies = Policies()
     output: Output = Output()
     generalise: Generalise = Generalise()
+    generality: Generality = Generality()
 
     @classmethod
     def load(cls, path: str | Path | None, base: Config | None = None) -> Config:

@@ -42,7 +42,9 @@ def flagged(rows: pa.Table, threshold: float | None, settings: Generalise) -> np
     for name, limit in limits.items():
         has_any = name in rows.column_names and rows[name].null_count < len(rows)
         if name == "generality" and limit is not None and len(rows) and not has_any:
-            raise ConfigError("generalise.generality is given and no sample of the run has a generality score")
+            raise ConfigError(
+                "generalise.generality is given and no sample of the run has a generality score; give generality.tagger"
+            )
         if limit is not None and has_any:
             compare = pc.less_equal if name == "generality" else pc.greater_equal
             found |= compare(rows[name], pa.scalar(limit, rows[name].type)).fill_null(False).to_numpy()

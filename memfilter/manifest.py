@@ -20,10 +20,12 @@ from .records import (
     ACTIONS,
     CAPTION_METHODS,
     DUPLICATION,
+    GENERALITY,
     MANIFEST,
     METHODS,
     Decisions,
     Floats,
+    GeneralityScores,
     Groups,
     Ints,
     Samples,
@@ -39,7 +41,13 @@ SCHEMA_VERSION = 1
 
 
 def write_parts(
-    store: Store, samples: Samples, groups: Groups, decisions: Decisions, scores: Scores | None, own_uids: bool
+    store: Store,
+    samples: Samples,
+    groups: Groups,
+    decisions: Decisions,
+    scores: Scores | None,
+    generality: GeneralityScores | None,
+    own_uids: bool,
 ) -> None:
     """Write the parts and the look-up file; what would not change is left as it is.
 
@@ -49,7 +57,7 @@ def write_parts(
     uid = pc.fill_null(samples.table["uid"], bytes(16)).combine_chunks()
     for shard, start, end in zip(samples.shards, samples.first, samples.first[1:], strict=False):
         names = read_table(store.signatures(shard.name), ["uid", "index", "key", "bad", "detail"])
-        table = _rows(np.arange(start, end), shard.name, names, uid, groups, decisions, scores)
+        table = _rows(np.arange(start, end), shard.name, names, uid, groups, decisions, scores, generality)
         path = store.manifest_part(shard.name)
         digest = _content_digest(table)
         if not done(path, digest):
@@ -91,10 +99,13 @@ def _files(store: Store, samples: Samples, about: dict[str, Any]) -> dict[str, s
         paths.append(store.scores / "captions.parquet")
         if isinstance(config["magnitude"]["threshold"], dict) and "reference" in config["magnitude"]["threshold"]:
             paths.append(store.scores / "reference.parquet")
+    if about["generality"] is not None:
+        paths.append(store.generality / "captions.parquet")
     if about["generalised"] is not None:
         paths += [
             store.generalised,
             *([store.scores / "generalised.parquet"] if about["magnitude"] is not None else []),
+            *([store.generality / "generalised.parquet"] if about["generality"] is not None else []),
         ]
     return {p.relative_to(store.path).as_posix(): file_digest(p) for p in paths}
 
@@ -107,6 +118,7 @@ def _rows(
     groups: Groups,
     decisions: Decisions,
     scores: Scores | None,
+    generality: GeneralityScores | None,
 ) -> pa.Table:
     action, canonical, method = decisions.action[rows], decisions.canonical[rows], groups.method[rows]
     joined = method >= 0
@@ -136,6 +148,10 @@ def _rows(
         "caption_images": groups.caption_images[rows].astype(np.int32),
         "image_captions": groups.image_captions[rows].astype(np.int32),
         "mitigate": decisions.mitigate[rows],
+        **{
+            name: _of_rows(generality.values[:, i] if generality else None, groups.caption[rows])
+            for i, name in enumerate(GENERALITY.names)
+        },
     }
     return pa.table(columns, schema=MANIFEST)
 
@@ -147,7 +163,8 @@ def _named(names: tuple[str, ...], method: npt.NDArray[np.int8]) -> pa.Array:
 def _of_rows(column: Floats | None, caption: Ints) -> pa.Array:
     if column is None:
         return pa.nulls(len(caption), pa.float32())
-    values = np.append(column, np.float32(np.nan))[caption]  # a bad sample's caption is -1
+    values = np.full(len(caption), np.nan, np.float32)
+    values[caption >= 0] = column[caption[caption >= 0]]  # a bad sample's caption is -1
     return pa.array(values, mask=np.isnan(values))
 
 

@@ -23,6 +23,7 @@ from .encoders import described, image_encoder, public_name
 from .encoders.captions import public_caption_name
 from .errors import ConfigError, RunError
 from .generalisation import FLAGS, flagged, general_captions, outcome, read_generalised, rewrite
+from .generality import Rater, find_rater, generality_outcome, score_generality
 from .groups import distinct_captions, group, load_samples
 from .magnitude import check_threshold, score_captions, threshold
 from .manifest import Manifest
@@ -32,6 +33,7 @@ from .shards import find_shards
 from .signatures import DuplicateGauge, Signed, check_hash, is_signed, sign, versions, was_skipped
 from .store import Store, read_digest, read_note
 from .summary import statistics
+from .tagging import public_tagger
 
 
 def run(patterns: list[str], out: str | Path, config: Config | None = None, workers: int | None = None) -> Manifest:
@@ -51,6 +53,7 @@ def run(patterns: list[str], out: str | Path, config: Config | None = None, work
     image_encoder(config.images.encoder)  # one that cannot be had is told before anything is written
     check_captions(config)
     model = find_model(config.magnitude.model) if config.magnitude.model else None
+    rater = find_rater(config)
     with store.locked():
         _forget_changed(shards, stored, store)
         store.write_run(
@@ -62,7 +65,7 @@ def run(patterns: list[str], out: str | Path, config: Config | None = None, work
             }
         )
         _sign_all(shards, store, config, workers or executors.default_workers())
-        return _decide_and_write(shards, model, store, config, workers or executors.default_workers())
+        return _decide_and_write(shards, model, rater, store, config, workers or executors.default_workers())
 
 
 def rethreshold(path: str | Path, config_file: str | Path | None = None, workers: int | None = None) -> Manifest:
@@ -132,6 +135,7 @@ class _Finished:
         check_captions(self.config)
         if self.config.magnitude.model != before.magnitude.model:
             self.model = find_model(self.config.magnitude.model) if self.config.magnitude.model else None
+        self.rater = find_rater(self.config)
 
     def check(self) -> None:
         """Raise RunError where a shard was not read, ConfigError where it was read under another configuration."""
@@ -151,14 +155,14 @@ class _Finished:
     def decide(self, workers: int | None) -> Manifest:
         """Decide and write, and store the configuration as the run's own; the directory is locked."""
         workers = workers or executors.default_workers()
-        done = _decide_and_write(self.shards, self.model, self.store, self.config, workers)
+        done = _decide_and_write(self.shards, self.model, self.rater, self.store, self.config, workers)
         settings = {"config": self.config.model_dump(mode="json"), "model": self.model and astuple(self.model)}
         self.store.write_run({**self.stored, **settings})
         return done
 
 
 def _decide_and_write(
-    shards: list[Shard], model: ModelFiles | None, store: Store, config: Config, workers: int
+    shards: list[Shard], model: ModelFiles | None, rater: Rater | None, store: Store, config: Config, workers: int
 ) -> Manifest:
     samples = load_samples(shards, store, config.images.json_fields)
     edges = find_edges(samples, store, config)
@@ -168,13 +172,15 @@ def _decide_and_write(
     rewritten = read_generalised(store)
     further = rewritten["general"].drop_null() if rewritten is not None else None
     scores = score_captions(captions["text"], read_digest(store.captions), model, store, config, _scoring_bar, further)
+    generality = score_generality(captions["text"], read_digest(store.captions), rater, store, _generality_bar, further)
     limit = threshold(config, scores, caption[samples.good])
     general = general_captions(rewritten, captions, scores, limit)
     decisions = decide(samples, groups, captions, scores, limit, config.policy, general)
     about = _about(samples, decisions, scores, limit, store, config)
     about["generalised"] = outcome(rewritten, general, samples, caption, decisions, store)
+    about["generality"] = generality_outcome(generality, caption[samples.good], captions, rewritten)
     about["found"] = statistics(samples, groups, decisions, scores, store)
-    manifest.write_parts(store, samples, groups, decisions, scores, config.input.uid_field is not None)
+    manifest.write_parts(store, samples, groups, decisions, scores, generality, config.input.uid_field is not None)
     if config.output.shards:
         _write_shards(samples, decisions, store, workers, config.input)
     else:
@@ -234,6 +240,10 @@ def _scoring_bar(chunks: Iterator[int], total: int) -> Iterator[int]:
     return iter(tqdm(chunks, total=total, desc="magnitudes", unit="chunk", disable=None))
 
 
+def _generality_bar(chunks: Iterator[int], total: int) -> Iterator[int]:
+    return iter(tqdm(chunks, total=total, desc="generality", unit="chunk", disable=None))
+
+
 def _rewriting_bar(answers: Iterator[tuple[int, Answer]], total: int) -> Iterator[tuple[int, Answer]]:
     return iter(tqdm(answers, total=total, desc="generalised", unit="caption", disable=None))
 
@@ -260,6 +270,8 @@ def _about(
     dump["images"]["encoder"] = public_name(config.images.encoder)
     dump["captions"]["encoder"] = public_caption_name(config.captions.encoder)
     dump["magnitude"]["model"] = scores and scores.info["model"]
+    dump["generality"]["tagger"] = public_tagger(config.generality.tagger)
+    del dump["generality"]["wordnet"]  # where it lies; what it holds stands in `generality`
     del dump["generalise"]  # what was rewritten, and by what, stands in `generalised`
     if isinstance(dump["magnitude"]["threshold"], dict) and "reference" in dump["magnitude"]["threshold"]:
         dump["magnitude"]["threshold"]["reference"] = Path(dump["magnitude"]["threshold"]["reference"]).name

@@ -109,6 +109,17 @@ GENERALISED = pa.schema(
     ]
 )
 
+GENERALITY = pa.schema(
+    [
+        # from 0, specific, to 10, general; null for a caption without a token
+        pa.field("generality", pa.float32()),  # the mean of the others
+        pa.field("generality_specificity", pa.float32()),
+        pa.field("generality_broadness", pa.float32()),
+        pa.field("generality_tense", pa.float32()),
+        pa.field("generality_abstraction", pa.float32()),
+    ]
+)
+
 MANIFEST = pa.schema(
     [
         pa.field("uid", UID, nullable=False),
@@ -136,6 +147,7 @@ MANIFEST = pa.schema(
         pa.field("caption_images", pa.int32(), nullable=False),
         pa.field("image_captions", pa.int32(), nullable=False),
         pa.field("mitigate", pa.bool_(), nullable=False),
+        *GENERALITY,
     ]
 )
 
@@ -221,6 +233,15 @@ class Scores:
     reference: Floats | None  # magnitudes of the reference captions, where the threshold asks for them
     info: dict[str, Any]
     generalised: Floats | None = None  # magnitudes of the generalised captions, where there are any
+
+
+@dataclass(frozen=True)
+class GeneralityScores:
+    """Of each distinct caption the columns of GENERALITY, (N, 5), NaN without a score, and what they depend on."""
+
+    values: Floats
+    generalised: Floats | None  # those of the generalised captions, where there are any
+    info: dict[str, Any]
 
 
 ACTIONS = ("keep", "mask", "drop", "bad")

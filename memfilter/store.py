@@ -45,6 +45,7 @@ class Store:
         self.caption_groups = self.path / "captions" / "groups.parquet"
         self.scores = self.path / "scores"
         self.generalised = self.path / "generalised" / "captions.parquet"
+        self.generality = self.path / "generality"
         self.manifest = self.path / "manifest"
         self.shards = self.path / "shards"
 

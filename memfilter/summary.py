@@ -115,6 +115,8 @@ def lines(info: dict[str, Any], out: str) -> list[str]:
         _together(found),
         _magnitude(info, out),
     ]
+    if info["generality"]:
+        text.append(generality_line(info["generality"]))
     if info["generalised"]:
         text.append(generalised_line(info["generalised"]))
     text += [_group(i, largest) for i, largest in enumerate(found["largest_groups"])]
@@ -166,6 +168,17 @@ def embedding_line(join: dict[str, Any]) -> str:
         interval = f"{recall['low']:.3f}-{recall['high']:.3f}, from {recall['rows']:,} sampled rows"
         found = f", recall {recall['share']:.3f} ({interval})"
     return f"embedding {join['pairs']:,} pairs{found}; {how}"
+
+
+def generality_line(found: dict[str, Any]) -> str:
+    """Return the line that tells how general the samples' captions are, from 0 to 10."""
+    if found["mean"] is None:
+        return "generality of no caption: none has a word"
+    spread = ", ".join(f"{float(q):.0%} {value:.2f}" for q, value in found["quantiles"].items())
+    text = f"generality {found['mean']:.2f} on average; quantiles {spread}"
+    if (rewritten := found["rewritten"]) and None not in rewritten.values():
+        text += f"; rewritten captions {rewritten['before']:.2f} before, {rewritten['after']:.2f} after"
+    return text
 
 
 def generalised_line(found: dict[str, Any]) -> str:

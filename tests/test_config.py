@@ -68,6 +68,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "timeout": 60.0,
         "batch_size": 8,
     },
+    "generality": {"tagger": None, "wordnet": "/usr/share/wordnet", "abstraction": "corrected"},
 }
 
 # another value of every key
@@ -113,6 +114,9 @@ OTHERS: dict[str, Any] = {
     "generalise.endpoint": "http://localhost:8000/v1",
     "generalise.timeout": 5.0,
     "generalise.batch_size": 64,
+    "generality.tagger": "spacy:en_core_web_sm",
+    "generality.wordnet": "/data/wordnet",
+    "generality.abstraction": "reference",
 }
 KEYS = [f"{section}.{key}" for section, keys in DEFAULTS.items() for key in keys]
 
@@ -205,10 +209,7 @@ def test_text_in_any_script_is_read_as_it_is(tmp_path: Path) -> None:
 
 def test_an_unknown_section_is_named_beside_the_known_ones(tmp_path: Path) -> None:
     message = refusal(tmp_path, "image: {hash: phash}")
-    assert (
-        message
-        == "unknown key 'image'; the keys there are: input, images, captions, magnitude, policy, output, generalise"
-    )
+    assert message == f"unknown key 'image'; the keys there are: {', '.join(DEFAULTS)}"
 
 
 def test_an_unknown_section_without_keys_is_refused_too(tmp_path: Path) -> None:
@@ -232,6 +233,9 @@ WRONG = {
     "generalise.endpoint": ["localhost", "'ftp://a/b'"],
     "generalise.timeout": ["0.0"],
     "generalise.batch_size": ["0", "null"],
+    "generality.tagger": ["3", "[a]"],
+    "generality.wordnet": ["null"],
+    "generality.abstraction": ["inverted", "null"],
     "input.root": ["3", "[a]"],
     "input.caption": ["text", "null", "1"],
     "input.caption_field": ["null", "3"],

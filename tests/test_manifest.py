@@ -150,7 +150,7 @@ def scored(tmp_path: Path) -> Manifest:
     decisions = decide(samples, groups, captions, scores, 2.0, config.policy)
     about = {k: v for k, v in run.info.items() if k not in ("schema_version", "counts", "files", "digest")}
     about["found"] = statistics(samples, groups, decisions, scores, store)
-    manifests.write_parts(store, samples, groups, decisions, scores, own_uids=False)
+    manifests.write_parts(store, samples, groups, decisions, scores, None, own_uids=False)
     return manifests.finish(store, samples, decisions, about)
 
 
@@ -218,5 +218,6 @@ def test_the_table_has_the_promised_columns(masked: Manifest) -> None:
         *("canonical_uid", "match_method", "match_distance", "image_group", "caption_group"),
         *("image_count", "caption_count", "joint_count", "duplication", "magnitude", "magnitude_eps", "captions"),
         *("caption_match", "caption_distance", "caption_images", "image_captions", "mitigate"),
+        *("generality", "generality_specificity", "generality_broadness", "generality_tense", "generality_abstraction"),
     ]
     assert masked.table().schema.field("uid").type == pa.binary(16)
