@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -102,7 +105,8 @@ class Spacy:
         import spacy
 
         try:
-            pipeline = spacy.load(self._name, exclude=["lemmatizer"])
+            with _weights_only():
+                pipeline = spacy.load(self._name, exclude=["lemmatizer"])
         except Exception as e:  # spaCy raises what it likes
             cause = f"{type(e).__name__}: {in_one_line(e)[:200]}"
             raise ModelError(f"{self._name}: spaCy {version('spacy')} cannot read this pipeline ({cause})") from e
@@ -113,6 +117,19 @@ class Spacy:
         if "doc.ents" not in makes:
             raise ModelError(f"{self._name}: no component of this pipeline tells named entities; give another")
         return pipeline
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Let torch unpickle nothing: spaCy's networks are read by torch.load, which before 2.6 would when not told."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        os.environ.update({name: before} if before is not None else {})
 
 
 def _package(name: str) -> Path | None:

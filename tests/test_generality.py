@@ -432,6 +432,26 @@ def test_a_tagger_that_cannot_be_had_is_one_line(spec: str, cause: str) -> None:
     assert "\n" not in str(e.value)
 
 
+class Payload:
+    """An object that makes a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.target,)
+
+
+def test_nothing_in_a_pipeline_is_unpickled(tmp_path: Path) -> None:
+    folder = write_spacy(tmp_path / "pipeline")
+    with open(folder / "vocab" / "vectors", "wb") as f:
+        np.save(f, np.array([[Payload(tmp_path / "ran")]], object))
+    with pytest.raises(ModelError, match="pipeline: "):
+        find_tagger(f"spacy:{folder}").tag(["a dog"])
+    assert not (tmp_path / "ran").exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
 def test_without_spacy_its_package_is_named(monkeypatch: pytest.MonkeyPatch, by_rules: Path) -> None:
     monkeypatch.setitem(sys.modules, "spacy", None)
     with pytest.raises(ConfigError, match=r"needs spaCy: pip install 'memfilter\[generality\]'"):
