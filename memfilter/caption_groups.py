@@ -26,6 +26,7 @@ from .store import Store, done, read_table, write_table
 
 EXACT, TEMPLATE, NEAR, SEMANTIC = CAPTION_METHODS
 _BATCH = 1 << 17
+_LONGEST = 10_000  # characters of a caption that the near tier compares: features take forty times their bytes
 
 
 def check_captions(config: Config) -> None:
@@ -122,11 +123,11 @@ def _note(texts: int, config: Config, semantic: _Semantic | None) -> dict[str, A
 
 
 def forms(texts: pa.ChunkedArray, templates: bool) -> tuple[pa.LargeStringArray, Ints]:
-    """Return the normal forms of captions, and the number of each one's template, -1 for none."""
+    """Return the normal forms of captions, of long ones the beginning, and the numbers of their templates (-1: none)."""
     normal, classes = [], []
     for start in range(0, len(texts), _BATCH):
         batch = texts.slice(start, _BATCH).to_pylist()
-        normal.append(pa.array(map(normalise, batch), pa.large_string()))
+        normal.append(pa.array((normalise(t)[:_LONGEST].rstrip() for t in batch), pa.large_string()))
         classes.append(pa.array((template(t) if templates else None for t in batch), pa.large_string()))
     numbers = pa.concat_arrays(classes or [pa.array([], pa.large_string())]).dictionary_encode().indices
     number: Ints = numbers.fill_null(-1).to_numpy().astype(np.int64)
