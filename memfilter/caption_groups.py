@@ -123,7 +123,7 @@ def _note(texts: int, config: Config, semantic: _Semantic | None) -> dict[str, A
 
 
 def forms(texts: pa.ChunkedArray, templates: bool) -> tuple[pa.LargeStringArray, Ints]:
-    """Return the normal forms of captions, of long ones the beginning, and the numbers of their templates (-1: none)."""
+    """Return the normal forms of captions, of long ones the start, and the numbers of their templates (-1: none)."""
     normal, classes = [], []
     for start in range(0, len(texts), _BATCH):
         batch = texts.slice(start, _BATCH).to_pylist()
