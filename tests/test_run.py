@@ -177,9 +177,9 @@ def test_killed_at_random_moments_the_same_command_ends_with_the_same_bytes(
             os.killpg(process.pid, signal.SIGKILL)
             killed += 1
         process.wait()
-        if killed == 8:
+        if killed == 5:
             break
-    assert killed == 8
+    assert killed == 5
     subprocess.run(command, check=True, capture_output=True)
     assert tree(tmp_path / "out") == tree(finished.path)
 
@@ -515,7 +515,7 @@ def test_a_directory_of_another_version_is_refused(planted: Path, tmp_path: Path
         memfilter.run([str(planted)], tmp_path / "out")
 
 
-@pytest.mark.parametrize(("workers", "after"), [("1", 0.5), ("2", 0.05), ("2", 0.3), ("2", 2)])
+@pytest.mark.parametrize(("workers", "after"), [("1", 0.5), ("2", 0.05), ("2", 0.3)])
 def test_ctrl_c_is_one_line_and_the_run_can_continue(
     workers: str, after: float, finished: Manifest, planted: Path, tmp_path: Path
 ) -> None:
