@@ -34,7 +34,7 @@ from .records import (
 from .source import sample_uid
 from .store import Store, done, file_digest, read_table, replacing, write_sealed, write_table
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ def test_file_urls_are_plain_paths(masked: Manifest, tmp_path: Path) -> None:
 
 def test_a_damaged_manifest_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "manifest").mkdir()
-    (tmp_path / "manifest" / "manifest.json").write_text('{"schema_version": 1}')
+    (tmp_path / "manifest" / "manifest.json").write_text('{"schema_version": 2}')
     with pytest.raises(RunError, match="damaged, it has no config"):
         memfilter.verify(tmp_path)
 
