@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from .caption_edges import semantic_edges, semantic_similarity
 from .caption_join import METHOD, NO_EDGES, Joined, banding, caption_join
-from .captions import normalise, template
+from .captions import FORMS, normalise, template
 from .config import Config, digest_of
 from .edges import signatures_digest
 from .encoders.captions import CaptionEncoder, caption_encoder
@@ -45,13 +45,15 @@ def caption_keepers(samples: Samples, captions: pa.Table, caption: Ints, store: 
     semantic = _Semantic.of(config) if SEMANTIC in tiers else None
     inputs = signatures_digest(samples.shards, store)
     by_meaning = semantic and [semantic.encoder.identity, semantic.similarity]
-    key = digest_of(["caption-groups-1", METHOD, inputs, sorted(tiers), near if NEAR in tiers else None, by_meaning])
+    key = digest_of(
+        ["caption-groups-1", METHOD, FORMS, inputs, sorted(tiers), near if NEAR in tiers else None, by_meaning]
+    )
     if not done(store.caption_groups, key):
         text, row_of = _texts(samples, caption, len(captions), EXACT in tiers)
         texts = captions["text"].take(pa.array(text))
         edges = semantic.edges(texts, store, digest_of([inputs, EXACT in tiers])) if semantic else NO_EDGES
         joined = _join(texts, edges, config, store.caption_groups.with_suffix("") / key)
-        write_table(store.caption_groups, _table(text, row_of, joined), key, _note(len(text), config, semantic))
+        write_table(store.caption_groups, _table(text, row_of, joined), key, _note(joined, config, semantic))
     shutil.rmtree(store.caption_groups.with_suffix(""), ignore_errors=True)
     return read_table(store.caption_groups)
 
@@ -95,7 +97,7 @@ def _join(texts: pa.ChunkedArray, edges: Pairs, config: Config, work: Path) -> J
     """Return the groups of captions that are unlike in their normal form, in the order in which they are visited."""
     tiers, n = config.captions.tiers, len(texts)
     if not {*tiers} - {EXACT}:
-        return Joined(np.arange(n), np.zeros(n, np.int8), np.zeros(n, np.float32))
+        return Joined(np.arange(n), np.zeros(n, np.int8), np.zeros(n, np.float32), np.zeros(n, np.bool_))
     normal, classes = forms(texts, TEMPLATE in tiers)
     return caption_join(normal, classes, config.captions.near_jaccard if NEAR in tiers else None, edges, work)
 
@@ -109,11 +111,11 @@ def _table(text: Ints, place: Ints, joined: Joined) -> pa.Table:
     return pa.table([keeper, method.astype(np.int8), distance.astype(np.float32)], schema=CAPTION_KEEPERS)
 
 
-def _note(texts: int, config: Config, semantic: _Semantic | None) -> dict[str, Any]:
+def _note(joined: Joined, config: Config, semantic: _Semantic | None) -> dict[str, Any]:
     """Return what the manifest tells of the join."""
-    note: dict[str, Any] = {"captions": texts}
+    note: dict[str, Any] = {"captions": len(joined.keeper), "crowded": int(joined.crowded.sum())}
     if NEAR in config.captions.tiers:
-        used, jaccard = banding(texts, config.captions.near_jaccard), config.captions.near_jaccard
+        used, jaccard = banding(len(joined.keeper), config.captions.near_jaccard), config.captions.near_jaccard
         note |= {**asdict(used), "recall_at_threshold": round(used.recall(jaccard), 6)}
     if semantic:
         weights = getattr(semantic.encoder, "weights", None)

@@ -71,6 +71,7 @@ class Joined:
     keeper: Ints
     method: npt.NDArray[np.int8]
     distance: Floats  # 1 - Jaccard index, or as the given edges have it; 0 by template
+    crowded: npt.NDArray[np.bool_]  # compared with the likelier keepers alone, as hundreds were alike but not near
 
 
 def caption_join(
@@ -85,8 +86,9 @@ def caption_join(
 
     `template` numbers the class of each text from 0, -1 for none.  Texts are near from this Jaccard index on, and where
     `edges` (a < b) says so; None compares nothing.  Up to 1,024 texts every keeper is compared with; beyond, one at the
-    threshold is found with the chance `banding(n, jaccard).recall(jaccard)`, at least 0.995.  It takes about 350 bytes
-    a text.  The parts that are finished are kept in `folder`, from which the same call goes on, to the same result.
+    threshold is found with the chance `banding(n, jaccard).recall(jaccard)`, at least 0.995, and about every other one
+    by texts that are `crowded`, whose time would otherwise grow as the square.  It takes about 400 bytes a text beside
+    the texts.  The parts that are finished are kept in `folder`, from which the same call goes on, to the same result.
     """
     n = len(texts)
     visitor = _Visitor(texts, template, jaccard, edges)
@@ -134,9 +136,10 @@ class _Visitor:
         self.shift = 64 - bits
         hashes = max(bands * rows, kernels.SKETCH)
         self.factors = np.random.default_rng(1).integers(0, 1 << 64, hashes, np.uint64)
-        # texts at the threshold agree in so many places at least, but for one in 10^5
-        spread = 4.3 * sqrt(self.jaccard * (1 - self.jaccard) / kernels.SKETCH)
-        self.least_agree = floor(kernels.SKETCH * (self.jaccard - spread)) if rows else 0
+        # texts at the threshold agree in so many places, but for one in 10^5, or in 10^9 where all are compared
+        spread = (4.3 if rows else 6) * sqrt(self.jaccard * (1 - self.jaccard) / kernels.SKETCH)
+        least = floor(kernels.SKETCH * (self.jaccard - spread))
+        self.agreeing = (least, floor(kernels.SKETCH * self.jaccard) if rows else least)
         self.keepers = kernels.Keepers(
             of_template=np.full(int(template.max(initial=-1)) + 1, -1, np.int64),
             heads=np.full((bands, 1 << bits), -1, np.int32),
@@ -145,7 +148,8 @@ class _Visitor:
             seen=np.full(n, -1, np.int32),
             sketch=np.zeros((n if bands else 0, kernels.SKETCH), np.uint8),
         )
-        self.found = kernels.Found(np.full(n, -1, np.int64), np.zeros(n, np.int8), np.zeros(n, np.float32))
+        keeper, method, distance = np.full(n, -1, np.int64), np.zeros(n, np.int8), np.zeros(n, np.float32)
+        self.found = kernels.Found(keeper, method, distance, np.zeros(n, np.bool_))
 
     def signed(self, first: int, end: int, pool: ThreadPoolExecutor) -> Iterator[tuple[int, Ints]]:
         """Yield chunks of buckets in their order, signed by some threads ahead of the visit."""
@@ -168,7 +172,7 @@ class _Visitor:
     def visit(self, start: int, keys: Ints, known: bool) -> None:
         """Visit the texts from `start` on, or, where their keepers are known, put these into their buckets."""
         self.kernels.visit(
-            *(self.texts, start, keys, self.jaccard, self.least_agree), self.given, self.keepers, self.found, known
+            *(self.texts, start, keys, self.jaccard, self.agreeing), self.given, self.keepers, self.found, known
         )
 
     def take(self, first: int, end: int, path: Path) -> bool:

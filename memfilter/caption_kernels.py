@@ -19,8 +19,11 @@ Ints32 = npt.NDArray[np.int32]
 Ints64 = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
-SKETCH = 64
+SKETCH = 128
 """MinHashes of a text of which a byte is kept, by which most unlike candidates are told without their features."""
+
+PATIENCE = 256
+"""Keepers that a text was compared with in vain after which it is compared with the likelier ones alone."""
 
 TEMPLATE, NEAR, SEMANTIC = 1, 2, 3  # positions in records.CAPTION_METHODS
 
@@ -60,11 +63,12 @@ class Keepers(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Of each text its keeper, the position of the edge's method, and its distance."""
+    """Of each text its keeper, the position of the edge's method, its distance, and whether it ran out of patience."""
 
     keeper: Ints64
     method: npt.NDArray[np.int8]
     distance: npt.NDArray[np.float32]
+    crowded: npt.NDArray[np.bool_]
 
 
 _BASE = np.uint64(0x9E3779B97F4A7C55)
@@ -126,7 +130,7 @@ def features(texts: Texts, i: int | np.int64) -> Hashes:
 
 @kernel
 def sign(texts: Texts, first: int, rows: int, shift: int, factors: Hashes, keys: Ints64, sketch: Bytes) -> None:
-    """Write of each text from `first` on the buckets of its bands of `rows` MinHashes, and a byte of each of 64.
+    """Write of each text from `first` on the buckets of its bands of `rows` MinHashes, and a byte of each of 128.
 
     `keys` (N, bands) holds numbers below 2^(64 - shift); with no rows all texts share bucket 0.
     """
@@ -168,11 +172,14 @@ def _fill(found: Hashes, slots: Hashes, owner: Ints64, me: int) -> int:
 
 
 @kernel
-def _shared(found: Hashes, slots: Hashes, owner: Ints64, me: int, counted: Ints64, turn: int) -> int:
-    """Return how many distinct features are among those in the slots owned by `me`."""
+def _shared(found: Hashes, slots: Hashes, owner: Ints64, me: int, counted: Ints64, turn: int, least: float) -> int:
+    """Return how many distinct features are among those in the slots owned by `me`, or that they are under `least`."""
     mask = np.uint64(len(slots) - 1)
-    shared = 0
+    shared, left = 0, len(found)
     for feature in found:
+        if shared + left < least:
+            break
+        left -= 1
         at = feature & mask
         while owner[at] == me:
             if slots[at] == feature:
@@ -224,7 +231,7 @@ def visit(
     first: int,
     keys: Ints64,
     jaccard: float,
-    least_agree: int,
+    agreeing: tuple[int, int],
     given: Given,
     keepers: Keepers,
     found: Found,
@@ -232,9 +239,9 @@ def visit(
 ) -> None:
     """Visit the texts from `first` on, one a row of `keys`, in their order: each joins its best keeper, or is one.
 
-    The best is the first in the order.  Keepers in a text's buckets whose sketch agrees with its own in `least_agree`
-    places are compared by the true Jaccard index.  With `known`, keepers are only put into their buckets, as an earlier
-    visit found them.
+    The best is the first in the order.  Keepers in a text's buckets whose sketch agrees with its own in so many places
+    are compared by the true Jaccard index: the first of `agreeing`, the second once patience is at its end.  With
+    `known`, keepers are only put into their buckets, as an earlier visit found them.
     """
     bands = keys.shape[1]
     slots, owner, counted = _table(texts, first, first + len(keys))
@@ -244,6 +251,7 @@ def visit(
         if known and found.keeper[me] != me:
             continue
         best, method, distance = len(found.keeper), 0, 0.0
+        in_vain, least_agree = 0, agreeing[0]
         if not known:
             best, method, distance = _best_given(me, given, keepers, found)
         if bands:
@@ -259,10 +267,16 @@ def visit(
                     near = min(few, many) >= jaccard * max(few, many) * 0.999999
                     if near and _agree(keepers.sketch, me, other) >= least_agree:
                         turn += 1
-                        shared = _shared(features(texts, other), slots, owner, me, counted, turn)
+                        least = jaccard / (1 + jaccard) * (few + many) - 0.001
+                        shared = _shared(features(texts, other), slots, owner, me, counted, turn, least)
                         index = shared / (few + many - shared)
                         if index >= jaccard:
                             best, method, distance = other, NEAR, 1 - index
+                        else:
+                            in_vain += 1
+                            if in_vain == PATIENCE:
+                                least_agree = agreeing[1]
+                                found.crowded[me] = least_agree > agreeing[0]
                 other = np.int64(keepers.chain[other, band])
         if best < len(found.keeper):
             found.keeper[me], found.method[me], found.distance[me] = best, method, distance

@@ -9,6 +9,9 @@ import sys
 import unicodedata
 from functools import cache
 
+FORMS = f"forms-2, Unicode {unicodedata.unidata_version}"
+"""Names what shapes the forms beside the captions."""
+
 
 def normalise(caption: str) -> str:
     """Return the caption with NFKC forms, case folded, punctuation as white space, and white space collapsed.
@@ -101,9 +104,11 @@ def _folded(caption: str) -> str:
 
 
 # joiners are seen: they shape letters and make one emoji of several
-_UNSEEN = dict.fromkeys(
+_UNSEEN: dict[int, str | None] = dict.fromkeys(
     map(ord, "\u00ad\u061c\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff")
 )
+# marks of class 0 whose parts are not: in their stead these, as every normal form has them
+_UNSEEN |= {ord(c): unicodedata.normalize("NFKD", c) for c in "\u0f73\u0f75\u0f81\uff9e\uff9f"}
 _ASCII = bytes(
     ord(" ") if unicodedata.category(c)[0] in "PC" or ord(c) > 127 else ord(c.lower()) for c in map(chr, range(256))
 )

@@ -7,8 +7,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .config import Policies
-from .records import BAD, DROP, KEEP, MASK, METHODS, Decisions, Groups, Ints, Samples, Scores
+from .config import DuplicatePolicy, Policies
+from .records import BAD, DROP, KEEP, MASK, METHODS, Decisions, Floats, Groups, Ints, Samples, Scores
 
 _ACTION = {"record": KEEP, "down_weight": KEEP, "mitigate": KEEP, "mask": MASK, "drop": DROP}
 
@@ -53,17 +53,17 @@ def decide(
 
     codes = [f"{m}_duplicate" for m in METHODS] + ["caption_duplicate", "magnitude"]
     reasons = [groups.method == i for i in range(len(METHODS))] + [caption_copy, memorized & good]
-    canonical = np.where(image_copy, groups.image_group, np.where(by_caption, spared, -1))
+    kept = np.where(action == DROP, _in_its_place(groups, action), groups.image_group)
+    canonical = np.where(image_copy, kept, np.where(by_caption, spared, -1))
     duplication = np.select(
         [groups.joint_count > 1, groups.image_count > 1, groups.caption_count > 1], [3, 2, 1], 0
     ).astype(np.int8)
     pooled = _nothing(len(samples))
     if policy.pool_captions:
         pooled = _pool(samples, groups, captions, over, action, general)
-    share = _share(groups, policy)
-    weight = np.where(action == KEEP, share, 0).astype(np.float32)
+    weight = _share(groups, policy, action == KEEP)
     masked_for_caption = (action == MASK) & (by_image == KEEP) & ~by_caption
-    pool_weight = np.where(masked_for_caption, share, weight).astype(np.float32)
+    pool_weight = _share(groups, policy, (action == KEEP) | masked_for_caption)
     mitigate = (action <= MASK) & _handed_over(groups, policy)
     return Decisions(action, reasons, codes, canonical, duplication, weight, pool_weight, mitigate, pooled)
 
@@ -78,26 +78,53 @@ def _best_with_both(groups: Groups) -> Ints:
     return best
 
 
-def _kinds(groups: Groups, policy: Policies) -> list[tuple[str, npt.NDArray[np.bool_], Ints]]:
-    """Return of each kind of duplication its policy, which samples have a part in it, and how many share one's."""
-    return [
-        (policy.full, groups.joint_count > 1, groups.joint_count),
-        (policy.partial, groups.image_captions > 1, groups.image_count),
-        (policy.caption_duplicate, groups.caption_count > 1, groups.caption_count),
+def _in_its_place(groups: Groups, action: npt.NDArray[np.int8]) -> Ints:
+    """Return of each sample the one of its image that stays in its place, the image's keeper where none does.
+
+    That is the best-ranked with its caption too that is kept or masked, else the best-ranked with another.
+    """
+    order = np.lexsort((groups.rank, action))
+    order = order[action[order] <= MASK]
+    of_image, first = np.unique(groups.image_group[order], return_index=True)
+    heir = np.arange(len(action))
+    heir[of_image] = order[first]
+    both = groups.image_group * len(action) + groups.caption_group
+    pairs, first = np.unique(both[order], return_index=True)
+    place = np.minimum(np.searchsorted(pairs, both), max(len(pairs) - 1, 0))
+    twin = order[first][place] if len(pairs) else heir
+    has_twin = pairs[place] == both if len(pairs) else np.zeros(len(action), bool)
+    return np.where(has_twin, twin, heir[groups.image_group])
+
+
+def _has_part(groups: Groups, policy: Policies, what: DuplicatePolicy) -> list[tuple[npt.NDArray[np.bool_], Ints]]:
+    """Return, of each kind of duplication whose policy this is, which samples have a part in it, and whose group."""
+    both = groups.image_group * len(groups.rank) + groups.caption_group
+    kinds = [
+        (policy.full, groups.joint_count > 1, both),
+        (policy.partial, groups.image_captions > 1, groups.image_group),
+        (policy.caption_duplicate, groups.caption_count > 1, groups.caption_group),
     ]
+    return [(has_part, group) for its, has_part, group in kinds if its == what]
 
 
-def _share(groups: Groups, policy: Policies) -> npt.NDArray[np.float64]:
-    """Return the weight of each sample that trains: 1 / the largest count of a kind that is to be weighted down."""
-    counts = [np.where(has_part, n, 1) for p, has_part, n in _kinds(groups, policy) if p == "down_weight"]
-    return 1 / np.max([np.ones(len(groups.rank), np.int64), *counts], axis=0)  # type: ignore[no-any-return]
+def _share(groups: Groups, policy: Policies, trains: npt.NDArray[np.bool_]) -> Floats:
+    """Return the weight of each sample: where it trains 1 / how many train of a kind that is weighted down, else 0.
+
+    The largest number counts, so that no group weighs more than one.
+    """
+    most = np.ones(len(trains), np.int64)
+    for has_part, group in _has_part(groups, policy, "down_weight"):
+        _, place = np.unique(group, return_inverse=True)
+        training = np.bincount(place, trains, len(group)).astype(np.int64)[place]
+        most = np.maximum(most, np.where(has_part, training, 1))
+    return np.where(trains, 1 / most, 0).astype(np.float32)
 
 
 def _handed_over(groups: Groups, policy: Policies) -> npt.NDArray[np.bool_]:
     """Tell which samples have a part in a kind of duplication whose captions training is to change."""
     found = np.zeros(len(groups.rank), bool)
-    for p, has_part, _ in _kinds(groups, policy):
-        found |= has_part & (p == "mitigate")
+    for has_part, _ in _has_part(groups, policy, "mitigate"):
+        found |= has_part
     return found
 
 
@@ -135,7 +162,7 @@ def _pool(
     source = np.concatenate([own, listed])
     caption = np.concatenate([groups.caption[own], listed_caption])
     # a copy that is not dropped keeps its captions to itself
-    target = np.where(action[source] == DROP, groups.image_group[source], source)
+    target = np.where(action[source] == DROP, _in_its_place(groups, action)[source], source)
     place = np.concatenate([np.zeros(len(own), np.int64), 1 + np.arange(len(listed))])
     turn = np.where(source == target, -1, groups.rank[source])
     if len(captions):

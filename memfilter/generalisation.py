@@ -28,12 +28,12 @@ FLAGS = ("joint_count", "image_count", "caption_count", "magnitude", "generality
 Progress = Callable[[Iterator[tuple[int, Answer]], int], Iterator[tuple[int, Answer]]]
 
 
-def flagged(rows: pa.Table, threshold: float | None, settings: Generalise) -> npt.NDArray[np.bool_]:
+def flagged(rows: pa.Table, threshold: float | None, settings: Generalise, rated: bool = True) -> npt.NDArray[np.bool_]:
     """Tell which rows of a manifest are kept or masked and repeat often enough, are specific enough, or have a
     magnitude that is high enough to be rewritten; null is none of these.
 
-    Without a magnitude of its own the run's `threshold` counts.  Raises ConfigError where generality is asked for and
-    no row has one.
+    Without a magnitude of its own the run's `threshold` counts.  Raises ConfigError where generality is asked for in a
+    run that is not `rated`.
     """
     limits = settings.model_dump(include={*FLAGS})
     if limits["magnitude"] is None:
@@ -41,7 +41,7 @@ def flagged(rows: pa.Table, threshold: float | None, settings: Generalise) -> np
     found = np.zeros(len(rows), bool)
     for name, limit in limits.items():
         has_any = name in rows.column_names and rows[name].null_count < len(rows)
-        if name == "generality" and limit is not None and len(rows) and not has_any:
+        if name == "generality" and limit is not None and not rated:
             raise ConfigError(
                 "generalise.generality is given and no sample of the run has a generality score; give generality.tagger"
             )

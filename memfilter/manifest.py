@@ -268,9 +268,9 @@ class Manifest:
         return float(self._lookup["weight"][self._find(shard, key)])
 
     def pool_weight(self, shard: str, key: str | bytes) -> float:
-        """Return the loss weight of a sample that trains on its pooled captions: `weight`, or what it is without masks.
+        """Return the loss weight of a sample where samples train on their pooled captions; raises KeyError.
 
-        The two differ where the sample is masked for its own caption's magnitude alone.  Raises KeyError.
+        It differs from `weight` where the sample, or one of its groups, is masked for its caption's magnitude alone.
         """
         return float(self._lookup["pool_weight"][self._find(shard, key)])
 
@@ -384,15 +384,20 @@ class Attach:
             sample["loss_weight"] = self.manifest.weight(shard, key)
             if self.mitigates:
                 sample["mitigate"] = self.manifest.mitigate(shard, key)
-            if self.captions == "pool" and (pooled := self.manifest.row(shard, key)["captions"]) is not None:
-                sample["captions"] = pooled
-                if pooled:
-                    sample["loss_weight"] = self.manifest.pool_weight(shard, key)
+            if self.captions == "pool":
+                self._pool(sample, shard, key)
         except KeyError as e:
             if self.missing == "error":
                 raise KeyError(f"{e.args[0]}; give the manifest of these shards, or attach(missing='keep')") from None
             self.unknown += 1
             sample["loss_weight"] = 1.0
+
+    def _pool(self, sample: dict[str, Any], shard: str, key: str) -> None:
+        pooled = self.manifest.row(shard, key)["captions"]
+        if pooled is not None:
+            sample["captions"] = pooled
+        if pooled or sample["loss_weight"]:
+            sample["loss_weight"] = self.manifest.pool_weight(shard, key)
 
     def _name(self, url: str) -> str:
         if url not in self._shard_of:

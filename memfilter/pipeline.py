@@ -102,7 +102,10 @@ def generalise(
         rewriter = find_rewriter(config.generalise, captions["text"], read_digest(store.captions))
         found = finished.decide(workers)
         rows = found.table(["action", *(name for name in FLAGS if name in MANIFEST.names)])
-        wanted = flagged(rows, found.info["threshold"], config.generalise) & has_caption
+        wanted = (
+            flagged(rows, found.info["threshold"], config.generalise, found.info["generality"] is not None)
+            & has_caption
+        )
         flags = config.generalise.model_dump(include={*FLAGS})
         note = {"captions": read_digest(store.captions), "flags": flags, "samples": int(wanted.sum())}
         texts = captions["text"].take(pa.array(np.unique(caption[wanted])))

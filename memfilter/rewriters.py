@@ -37,6 +37,8 @@ Answer = tuple[str | None, str | None]
 
 _SEEN = 1000  # characters of a caption that a model is shown
 _MOST_WORDS, _MOST_CHARACTERS = 6, 60  # of an answer: fewer than five words are asked for
+_USELESS = ("empty", "too_long", "unchanged")  # answers that are none, of an endpoint that does answer
+_MOST_READ = 300  # characters of a line of an answer
 _NEW_TOKENS = 24
 _BUCKET = 32  # prompts are padded to a multiple of so many tokens
 _GIVE_UP = 50  # requests in a row without an answer, after which an endpoint is asked no more
@@ -86,7 +88,7 @@ def checked(caption: str, answer: Any) -> Answer:
 
 
 def _unwrapped(line: str) -> str:
-    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", line)
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", line[:_MOST_READ])
     line = re.sub(r"^[\W_]*(?:\w+ ){0,3}caption[\W_]*:", "", line, flags=re.IGNORECASE)
     return " ".join(line.split()).strip("\"'`*_“”‘’«»「」 ")
 
@@ -242,7 +244,7 @@ class Endpoint:
                     break
                 for future in wait(asked, return_when=FIRST_COMPLETED).done:
                     answer = future.result()
-                    failures = 0 if answer[0] is not None else failures + 1
+                    failures = 0 if answer[1] in (None, *_USELESS) else failures + 1
                     yield asked.pop(future), answer
             yield from ((i, (None, "not_asked")) for i in waiting)
         finally:

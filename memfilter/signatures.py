@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from . import images
-from .captions import fingerprint
+from .captions import FORMS, fingerprint
 from .config import Config, digest_of
 from .encoders import image_encoder
 from .errors import ConfigError, RunError, ShardError
@@ -76,7 +76,7 @@ def signature_digest(shard: Shard, content: str | None, config: Config) -> str:
     encoder = image_encoder(config.images.encoder)
     libraries = versions(config.images.hash)
     keys = [config.digest(*_CONFIG_KEYS), list(config.images.json_fields)]
-    return digest_of(["signatures-2", shard.name, content, keys, encoder and encoder.identity, libraries])
+    return digest_of(["signatures-3", FORMS, shard.name, content, keys, encoder and encoder.identity, libraries])
 
 
 def is_signed(shard: Shard, path: Path, config: Config) -> bool:

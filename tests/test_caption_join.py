@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import time
 from itertools import combinations
 from pathlib import Path
 
@@ -155,6 +156,25 @@ def test_ten_thousand_variants_of_one_text_are_compared_with_its_keeper_alone() 
     texts = list(dict.fromkeys(texts))
     found = joined(texts)
     assert (found.keeper == 0).all()
+
+
+def test_texts_of_one_boilerplate_are_told_as_crowded_and_their_copies_found_all_the_same() -> None:
+    frame = "royalty free stock photo, picture and image download in high resolution"
+    texts = [f"{' '.join(words(i).split()[:3])} {frame}" for i in range(1500)]
+    copies = [text.replace("download", "to download") for text in texts[:100]]
+    found = joined(texts + copies)
+    assert found.crowded.sum() > 100
+    near = [jaccard(texts[k], copy) for k, copy in zip(found.keeper[1500:], copies, strict=False) if k < 1500]
+    assert len(near) > 95
+    assert min(near) >= 0.7
+    assert not joined(families(200, 8, 9)).crowded.any()
+
+
+def test_long_captions_by_the_hundred_are_compared_in_passable_time() -> None:
+    texts = [" ".join(words(40 * i + j) for j in range(60)) for i in range(600)]
+    start = time.process_time()
+    assert (joined(texts).keeper == np.arange(600)).all()
+    assert time.process_time() - start < 10
 
 
 def test_a_class_and_an_edge_join_too_and_the_first_keeper_wins() -> None:

@@ -155,18 +155,28 @@ def reference(case: Case) -> list[tuple[str, list[str], int]]:
         severity, why, canonical = before_captions(case, i), [], -1
         if case.is_copy(i):
             why.append(f"{METHODS[case.method[i]]}_duplicate")
-            canonical = case.keeper[i]
         stays = spared(case, i)
         if stays != i:
             why.append("caption_duplicate")
             harm = SEVERITY[case.policy.caption_duplicate] if case.keeper[stays] != case.keeper[i] else 0
             severity = max(severity, harm)
-            if canonical < 0 and harm:
+            if not case.is_copy(i) and harm:
                 canonical = stays
         if case.is_over(row.caption):
             why.append("magnitude")
         found.append((ACTION[severity], why, canonical))
-    return found
+    action = [a for a, _, _ in found]
+    return [
+        (a, why, in_its_place(case, i, action) if case.is_copy(i) else canonical)
+        for i, (a, why, canonical) in enumerate(found)
+    ]
+
+
+def in_its_place(case: Case, i: int, action: list[str]) -> int:
+    """Return the sample that a dropped copy leaves the place to: kept before masked, with its own caption if any is."""
+    stay = [j for a in ("keep", "mask") for j in case.order if action[j] == a and case.keeper[j] == case.keeper[i]]
+    stay.sort(key=lambda j: pair(case, j) != pair(case, i))
+    return stay[0] if stay and action[i] == "drop" else case.keeper[i]
 
 
 def duplication(case: Case, i: int) -> str:
@@ -191,7 +201,7 @@ def pool(case: Case, i: int, action: list[str]) -> list[str] | None:
     """Return the pooled captions: own, own json's, then each dropped copy's by rank; null with nothing to pool."""
     if not case.policy.pool_captions or action[i] not in ("keep", "mask"):
         return None
-    dropped = [j for j in case.order if j != i and case.keeper[j] == i and action[j] == "drop"]
+    dropped = [j for j in case.order if action[j] == "drop" and case.is_good(j) and in_its_place(case, j, action) == i]
     if not dropped and not case.rows[i].captions:
         return None
     found: list[str] = []
@@ -253,23 +263,27 @@ def test_actions_reasons_and_canonicals_equal_the_reference(case: Case) -> None:
 @given(cases())
 def test_weights_and_mitigation_follow_the_policy_of_each_kind(case: Case) -> None:
     found, policy = decided(case), case.policy
-    for i, action in enumerate(actions(found)):
-        joint = sum(pair(case, j) == pair(case, i) for j in range(len(case.rows)))
-        captions = {case.caption_keeper[j] for j in range(len(case.rows)) if case.keeper[j] == case.keeper[i]}
-        counted = [
-            (policy.full_duplicate or policy.image_duplicate, joint, joint > 1),
-            (policy.partial_duplicate or policy.image_duplicate, case.keeper.count(case.keeper[i]), len(captions) > 1),
-            (policy.caption_duplicate, n := case.caption_keeper.count(case.caption_keeper[i]), n > 1),
-        ]
-        share = 1 / max([n for p, n, has_part in counted if has_part and p == "down_weight"], default=1)
-        assert found.weight[i] == np.float32(share if action == "keep" else 0)
-        only_caption = before_captions(case_without_scores(case), i) == 0 and found.canonical[i] < 0
-        if action == "mask" and only_caption:
-            assert found.pool_weight[i] == np.float32(share)
-        elif action != "mask":
-            assert found.pool_weight[i] == found.weight[i]
-        asked = any(p == "mitigate" and has_part for p, _, has_part in counted)
-        assert found.mitigate[i] == (asked and action in ("keep", "mask"))
+    action, n = actions(found), len(case.rows)
+    unscored = [a for a, _, _ in reference(case_without_scores(case))]
+    of_image = policy.full_duplicate or policy.image_duplicate, policy.partial_duplicate or policy.image_duplicate
+    for i in range(n):
+        full = [j for j in range(n) if pair(case, j) == pair(case, i)]
+        partial = [j for j in range(n) if case.keeper[j] == case.keeper[i]]
+        caption = [j for j in range(n) if case.caption_keeper[j] == case.caption_keeper[i]]
+        captions = {case.caption_keeper[j] for j in partial}
+        kinds = [(of_image[0], full, len(full) > 1), (of_image[1], partial, len(captions) > 1)]
+        kinds.append((policy.caption_duplicate, caption, len(caption) > 1))
+        weighted = [members for p, members, has_part in kinds if has_part and p == "down_weight"]
+        share = 1 / max([1, *(sum(action[j] == "keep" for j in members) for members in weighted)])
+        assert found.weight[i] == np.float32(share if action[i] == "keep" else 0)
+        if not weighted and action[i] == "mask":
+            # without its caption's magnitude it would not be masked, though another might be spared then
+            assert found.pool_weight[i] in (0, 1)
+            assert (
+                found.pool_weight[i] == 1 or unscored[i] != "keep" or case.policy.caption_duplicate in ("mask", "drop")
+            )
+        asked = any(p == "mitigate" and has_part for p, _, has_part in kinds)
+        assert found.mitigate[i] == (asked and action[i] in ("keep", "mask"))
 
 
 def case_without_scores(case: Case) -> Case:
@@ -460,12 +474,13 @@ def test_a_policy_acts_on_its_own_kind(policy: dict[str, str], expected: str) ->
         ({"partial_duplicate": "down_weight"}, [1 / 4, 1 / 4, 1 / 4, 1 / 4, 1]),
         ({"caption_duplicate": "down_weight"}, [1 / 3, 1 / 3, 1 / 2, 1 / 2, 1 / 3]),
         ({"full_duplicate": "down_weight", "caption_duplicate": "down_weight"}, [1 / 3, 1 / 3, 1 / 2, 1 / 2, 1 / 3]),
+        ({"full_duplicate": "drop", "partial_duplicate": "down_weight"}, [1 / 2, 0, 1 / 2, 0, 1]),
+        ({"image_duplicate": "drop", "caption_duplicate": "down_weight"}, [1 / 2, 0, 0, 0, 1 / 2]),
     ],
     ids=str,
 )
 def test_a_kind_is_weighted_down_by_its_own_count(policy: dict[str, str], weights: list[float]) -> None:
     found = decided(case_of(*MIXED, policy=Policies.model_validate({"image_duplicate": "record", **policy})))
-    assert actions(found) == ["keep"] * 5
     np.testing.assert_allclose(found.weight, weights, rtol=1e-6)
 
 
@@ -473,5 +488,15 @@ def test_a_sample_masked_for_its_caption_alone_trains_on_its_pool_with_the_weigh
     policy = Policies(image_duplicate="down_weight")
     found = decided(case_of(Row(0, "key"), Row(0, "other"), Row(1, "key"), magnitude={"key": 1.0}, policy=policy))
     assert actions(found) == ["mask", "keep", "mask"]
-    assert found.weight.tolist() == [0, 0.5, 0]
+    assert found.weight.tolist() == [0, 1, 0]
     assert found.pool_weight.tolist() == [0.5, 0.5, 1]
+
+
+def test_a_dropped_copys_caption_goes_to_the_sample_that_stays_with_its_caption() -> None:
+    policy = Policies(image_duplicate="record", full_duplicate="drop", caption_duplicate="drop")
+    # the keeper gives way to the fish elsewhere that has its caption
+    rows = (Row(0, "fish"), Row(0, "cat"), Row(0, "Cat"), Row(1, "fish"))
+    found = decided(Case(list(rows), [1, 2, 3, 0], [1] * 4, policy=policy))
+    assert actions(found) == ["drop", "keep", "drop", "keep"]
+    assert found.canonical.tolist() == [3, 0, 1, -1]
+    assert found.pooled.to_pylist() == [None, ["cat", "fish", "Cat"], None, None]

@@ -326,6 +326,23 @@ def test_nothing_that_listens_is_told_and_asked_no_further(
     assert memfilter.verify(run) == []
 
 
+def test_an_endpoint_whose_answers_are_no_use_is_asked_to_the_end(
+    run: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memfilter.rewriters._GIVE_UP", 2)
+    server = serve(lambda caption: caption)
+    manifest = memfilter.generalise(run, settings={**server.settings, "batch_size": 1})
+    assert manifest.info["generalised"]["failed"] == {"unchanged": 5}
+    assert len(server.asked) == 5
+
+
+@pytest.mark.parametrize("said", ["_" * 1_000_000, "caption " * 100_000, "*" * 1_000_000 + "dog"], ids=["_", "c", "*"])
+def test_a_megabyte_of_garbage_is_checked_in_passable_time(said: str) -> None:
+    start = time.process_time()
+    assert checked("a dog", said)[0] is None
+    assert time.process_time() - start < 2
+
+
 def test_a_refused_key_or_model_ends_the_command_in_one_line(run: Path, serve: Serve) -> None:
     before = tree(run)
     server = serve(lambda _: (401, b'{"error": {"message": "no such key"}}'))
@@ -653,7 +670,8 @@ def test_null_is_never_flagged_and_low_generality_is() -> None:
     assert found(threshold=1.5) == [1, 4]
     assert found(threshold=1.5, magnitude=2.0) == [4]
     with pytest.raises(ConfigError, match="no sample of the run has a generality score"):
-        flagged(rows.drop_columns("generality"), None, Generalise(generality=3.0))
+        flagged(rows.drop_columns("generality"), None, Generalise(generality=3.0), rated=False)
+    assert not flagged(rows.drop_columns("generality"), None, Generalise(generality=3.0, joint_count=None)).any()
 
 
 @pytest.fixture(scope="module")
