@@ -90,7 +90,12 @@ def figure(found: dict[str, list[dict[str, Any]]], folder: Path, path: Path) -> 
             picture = Image.open(io.BytesIO(member(row, folder, "jpg"))).convert("RGB")
             scale = SIDE / max(picture.size)
             sheet.paste(picture.resize((round(picture.width * scale), round(picture.height * scale))), at)
-            draw.multiline_text((at[0], at[1] + picture.height * scale + 3), "\n".join(textwrap.wrap(row["text"], 30)[:4]), "black", font)
+            draw.multiline_text(
+                (at[0], at[1] + picture.height * scale + 3),
+                "\n".join(textwrap.wrap(row["text"], 30)[:4]),
+                "black",
+                font,
+            )
     sheet.save(path, optimize=True)
 
 
