@@ -179,7 +179,7 @@ def score_captions(
     settings = config.magnitude
     if model is None:
         return None
-    base = digest_of(["scores-1", model.files, _numbers(config), _device(), {n: version(n) for n in _LIBRARIES}])
+    base = digest_of(["scores-2", model.files, _numbers(config), _device(), {n: version(n) for n in _LIBRARIES}])
 
     @cache
     def scorer() -> Scorer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -10,13 +11,15 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from pipelines import FAMILIES, LATENT_SIDE, write_family
 
-from memfilter import ModelError
+from memfilter import Config, ModelError
 from memfilter.denoisers import find_model, load_denoiser
-from memfilter.magnitude import Scorer
+from memfilter.magnitude import Scorer, score_captions
+from memfilter.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,8 +35,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: write_family(root / family, family) for family in FAMILIES}
 
 
-def scorer(folder: Path, seeds: int = 1, batch_size: int = 4) -> Scorer:
-    denoiser = load_denoiser(find_model(str(folder)), "float32")
+def scorer(folder: Path, seeds: int = 1, batch_size: int = 4, dtype: str = "float32") -> Scorer:
+    denoiser = load_denoiser(find_model(str(folder)), dtype)
     denoiser.latent_shape = SHAPE  # where the transformer takes any size, as small as the others
     return Scorer(denoiser, seeds, batch_size)
 
@@ -93,8 +96,6 @@ def pixart(pipe: Any, caption: str, x: torch.Tensor, t: float) -> tuple[Predicti
 
 
 def sana(pipe: Any, caption: str, x: torch.Tensor, t: float) -> tuple[Prediction, Prediction]:
-    import inspect
-
     instruction = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
     text, mask, none, none_mask = pipe.encode_prompt([caption], device="cpu", complex_human_instruction=instruction)
     time = torch.tensor([t]) * pipe.transformer.config.timestep_scale
@@ -160,7 +161,9 @@ def check(folder: Path, family: str) -> Scorer:
     timestep = ours.scoring.timestep
     assert timestep == FIRST.get(family, 1000)
     scores = ours.score(CAPTIONS)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    named = json.loads((folder / "model_index.json").read_text())
+    nulls = {part: None for part, kind in named.items() if kind == [None, None]}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **nulls)
     for caption, row in zip(CAPTIONS, scores, strict=True):
         for seed, score in enumerate(row):
             x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))[None]
@@ -175,3 +178,175 @@ def check(folder: Path, family: str) -> Scorer:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_score_is_that_of_the_pipelines_own_predictions(folders: dict[str, Path], family: str) -> None:
     check(folders[family], family)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "told"),
+    [
+        ("sdxl", {"zeros": False}, {"unconditional": "empty", "max_tokens": 77}),
+        ("sd3", {"t5": False}, {"unconditional": "empty", "max_tokens": [77, 0]}),
+        ("flux", {"guidance": False}, {"unconditional": "empty", "max_tokens": [77, 512], "guidance": None}),
+        ("pixart", {"kind": "Alpha", "sizes": True}, {"unconditional": "empty", "max_tokens": 120}),
+    ],
+    ids=["sdxl with an encoded empty caption", "sd3 without a T5", "flux schnell", "pixart alpha told of sizes"],
+)
+def test_a_familys_variants_are_told_apart_by_the_pipelines_own_files(
+    tmp_path: Path, family: str, settings: dict[str, Any], told: dict[str, Any]
+) -> None:
+    assert check(write_family(tmp_path, family, **settings), family).denoiser.settings == told
+
+
+@pytest.fixture(scope="session")
+def scorers(folders: dict[str, Path]) -> dict[str, Scorer]:
+    return {family: scorer(folder) for family, folder in folders.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_caption_scores_the_same_alone_and_in_a_batch(scorers: dict[str, Scorer], family: str) -> None:
+    together = scorers[family].score(CAPTIONS)
+    alone = np.concatenate([scorers[family].score([caption]) for caption in CAPTIONS])
+    if family != "z_image":  # which pads texts to the longest of the batch
+        assert np.array_equal(together, alone)
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+# -- one condition or two ---------------------------------------------------------------------------------------------
+
+PAIRS = {
+    "equal": ("a dog", "a dog"),
+    "another word": ("a dog", "a cat"),
+    "another case": ("a Dog", "a dog"),
+    "white space around": (" a dog ", "a dog"),
+    "unlike long after the limit": ("z" * 700 + " one", "z" * 700 + " other"),
+    "unlike before the limit": ("one " + "z" * 700, "two " + "z" * 700),
+    "padding written out": ("a dog", "a dog<|endoftext|>"),
+    "empty": ("", " "),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_token_ids_are_equal_where_conditions_are(scorers: dict[str, Scorer], family: str) -> None:
+    denoiser = scorers[family].denoiser
+    equal = {}
+    for name, pair in PAIRS.items():
+        one, other = denoiser.token_ids(list(pair))
+        equal[name] = one == other
+        with torch.inference_mode():
+            condition = denoiser.encode(list(pair))
+        parts = [part for part in (condition.states, condition.pooled, condition.mask) if part is not None]
+        if condition.mask is not None:  # what the padding holds is seen by none
+            parts[0] = parts[0] * condition.mask[..., None]
+        assert all(bool((part[0] == part[1]).all()) for part in parts) is equal[name], name
+    assert equal["equal"]
+    assert equal["unlike long after the limit"]
+    assert not equal["another word"]
+    assert not equal["unlike before the limit"]
+    assert equal["another case"] is (family in {"sdxl", "pixart", "sana"})  # CLIP, or the pipeline, lowers all
+    assert len(denoiser.encode(["a", "b", "c"])[1:]) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_caption_is_cut_where_the_pipeline_cuts_it(scorers: dict[str, Scorer], family: str) -> None:
+    limit = scorers[family].denoiser.settings["max_tokens"]
+    longest = max(limit) if isinstance(limit, list) else limit
+    assert scorers[family].denoiser.encode([CAPTIONS[2]]).states.shape[1] == longest + (77 if family == "sd3" else 0)
+
+
+# -- what the scores tell ---------------------------------------------------------------------------------------------
+
+UNCONDITIONAL = {
+    "sdxl": "zeros",
+    "sana": "empty, without the instruction",
+    "lumina2": "empty, without the system prompt",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_unconditional_is_the_empty_caption_or_told(scorers: dict[str, Scorer], family: str) -> None:
+    told = scorers[family].scoring.denoiser["unconditional"]
+    assert told == UNCONDITIONAL.get(family, "empty")
+    assert (scorers[family].score([""]).item() == 0) is (told == "empty")
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_the_epsilon_scale_is_null_at_a_flows_first_step(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
+    config = Config.parse({"magnitude": {"batch_size": 4, "dtype": "float32"}})
+    files = find_model(str(folders[family]))
+    scores = score_captions(pa.chunked_array([CAPTIONS]), "", files, Store(tmp_path), config, lambda c, _: c)
+    assert scores is not None
+    assert np.isnan(scores.magnitude_eps).all() == (family == "sd3")
+    assert scores.info["prediction_type"] == ("flow" if family == "sd3" else "epsilon")
+    assert scores.info["denoiser"]["unconditional"] == UNCONDITIONAL.get(family, "empty")
+
+
+def test_a_flows_share_of_the_image_falls_with_sigma(scorers: dict[str, Scorer]) -> None:
+    denoiser = scorers["flux"].denoiser
+    assert [denoiser.alpha_bar(t) ** 0.5 for t in (0, 250, 1000)] == [1, 0.75, 0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_comes_close_to_float32(
+    folders: dict[str, Path], scorers: dict[str, Scorer], family: str
+) -> None:
+    half = scorer(folders[family], dtype="float16").score(CAPTIONS[:1])
+    np.testing.assert_allclose(half, scorers[family].score(CAPTIONS[:1]), rtol=0.05)
+
+
+# -- models that cannot be scored -------------------------------------------------------------------------------------
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(ModelError) as caught:
+        scorer(folder)
+    message = str(caught.value)
+    assert message.startswith(f"{folder}: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    "name", ["KandinskyV22Pipeline", "Flux2Pipeline", "StableDiffusionXLRefiner", "SanaSprintPipeline"]
+)
+def test_a_family_without_an_adapter_is_refused_with_those_that_have_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    message = refused(tmp_path)
+    assert f"a {name}; this version scores" in message
+    assert all(family in message for family in ("SDXL", "SD3", "Flux", "PixArt", "Sana", "Lumina2", "Qwen-Image"))
+
+
+@pytest.fixture
+def broken(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the SDXL pipeline for a test to break."""
+    return Path(shutil.copytree(folders["sdxl"], tmp_path / "broken"))
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_a_pipeline_without_text_conditioning_is_refused(broken: Path) -> None:
+    change(broken / "model_index.json", text_encoder=[None, None], tokenizer=[None, None])
+    assert "names no text_encoder, tokenizer" in refused(broken)
+
+
+def test_half_a_pipeline_is_refused_by_what_it_lacks(broken: Path) -> None:
+    shutil.rmtree(broken / "text_encoder_2")
+    assert "has no text_encoder_2 folder: not a whole StableDiffusionXLPipeline" in refused(broken)
+
+
+@pytest.mark.parametrize(("family", "scheduler"), [("sdxl", "EDMEulerScheduler"), ("sd3", "DDIMScheduler")])
+def test_a_schedule_of_another_kind_is_refused(
+    folders: dict[str, Path], tmp_path: Path, family: str, scheduler: str
+) -> None:
+    folder = Path(shutil.copytree(folders[family], tmp_path / "model"))
+    change(folder / "scheduler" / "scheduler_config.json", _class_name=scheduler)
+    assert scheduler in refused(folder)
+
+
+def test_what_shapes_a_score_counts_and_the_autoencoders_weights_do_not(broken: Path) -> None:
+    before = find_model(str(broken)).files
+    assert "vae/config.json" in before
+    (broken / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert find_model(str(broken)).files == before
+    change(broken / "model_index.json", force_zeros_for_empty_prompt=False)
+    assert find_model(str(broken)).files != before

@@ -97,7 +97,7 @@ def _family(index: Index) -> Any:
     family = next((f for f in _FAMILIES.values() if name in f.pipelines), None)
     if family is None:
         raise ModelError(f"a {name}; {supported}")
-    required = [part for part in family.parts if "." not in part and "vae" not in part and part not in family.optional]
+    required = [part for part in family.parts if "." not in part and part not in family.optional]
     if missing := [part for part in required if not has(index, part)]:
         raise ModelError(f"a {name} that names no {', '.join(missing)}; {supported}, with their text conditioning")
     return family

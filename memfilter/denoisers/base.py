@@ -153,17 +153,27 @@ class Family:
         """Return so many times the condition of the empty caption."""
         return self.encode([""] * count)
 
-    def _load(self, kind: Any, folder: Path) -> Any:
+    def _load(self, kind: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
         """Return a model of which every weight was in the folder's safetensors files; raises ModelError."""
         # loaded in its precision and not cast to it: the libraries keep in float32 what would overflow or drift
         model, info = kind.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, torch_dtype=self.dtype
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            torch_dtype=dtype or self.dtype,
         )
         if missing := sorted(info["missing_keys"]):
             raise ModelError(
                 f"{folder.name} lacks {len(missing)} weights, such as {missing[0]}; save or fetch it again"
             )
         return model.to(self.device).eval()
+
+    def _load_language_model(self, kind: Any, folder: Path) -> Any:
+        """Return a text encoder that was trained in bfloat16, in that in place of float16, in which it overflows."""
+        import torch
+
+        return self._load(kind, folder, torch.bfloat16 if self.dtype == torch.float16 else self.dtype)
 
     def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
         import torch

@@ -31,7 +31,9 @@ class QwenImage(Flow, Family):
         super().__init__(device, dtype)
         self._tokenizer = Qwen2TokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
         # without its head, which would hold a number a token for every word there is
-        self._text_encoder = self._load(Qwen2_5_VLForConditionalGeneration, folder / "text_encoder").model
+        self._text_encoder = self._load_language_model(
+            Qwen2_5_VLForConditionalGeneration, folder / "text_encoder"
+        ).model
         self._transformer = self._load(QwenImageTransformer2DModel, folder / "transformer")
         self._read_schedule(folder)
         self.latent_shape = (self._transformer.config.in_channels // 4, _SIDE, _SIDE)
