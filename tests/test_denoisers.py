@@ -41,7 +41,7 @@ def scorer(folder: Path, seeds: int = 1, batch_size: int = 4, dtype: str = "floa
     return Scorer(denoiser, seeds, batch_size)
 
 
-# -- the plain way: (pipeline, caption, x, t) -> the conditional and the unconditional prediction ------------------------
+# -- the plain way: (pipeline, caption, x, t) -> the conditional and the unconditional prediction ----------------------
 
 
 def sdxl(pipe: Any, caption: str, x: torch.Tensor, t: float) -> tuple[Prediction, Prediction]:

@@ -175,6 +175,10 @@ class Family:
 
         return self._load(kind, folder, torch.bfloat16 if self.dtype == torch.float16 else self.dtype)
 
+    def _load_denoiser(self, kind: Any, folder: Path) -> Any:
+        # cast as well: diffusers leaves some of them in float32 where accelerate is not installed
+        return self._load(kind, folder).to(self.dtype)
+
     def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
         import torch
 

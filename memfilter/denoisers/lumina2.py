@@ -29,7 +29,7 @@ class Lumina2(Flow, Family):
         self._tokenizer = GemmaTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._tokenizer.padding_side = "right"
         self._text_encoder = self._load_language_model(Gemma2Model, folder / "text_encoder")
-        self._transformer = self._load(Lumina2Transformer2DModel, folder / "transformer")
+        self._transformer = self._load_denoiser(Lumina2Transformer2DModel, folder / "transformer")
         self._read_schedule(folder)
         self.latent_shape = square(self._transformer.config.sample_size, self._transformer.config.in_channels)
         empty = dict.fromkeys(("transformer", "scheduler", "vae", "text_encoder", "tokenizer"))

@@ -26,7 +26,7 @@ class PixArt(Diffusion, Family):
         super().__init__(device, dtype)
         self._tokenizer = T5TokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._text_encoder = self._load(T5EncoderModel, folder / "text_encoder")
-        self._transformer = self._load(PixArtTransformer2DModel, folder / "transformer")
+        self._transformer = self._load_denoiser(PixArtTransformer2DModel, folder / "transformer")
         self._read_schedule(folder)
         self.latent_shape = square(self._transformer.config.sample_size, self._transformer.config.in_channels)
         self._scale = vae_scale(folder)

@@ -34,7 +34,7 @@ class QwenImage(Flow, Family):
         self._text_encoder = self._load_language_model(
             Qwen2_5_VLForConditionalGeneration, folder / "text_encoder"
         ).model
-        self._transformer = self._load(QwenImageTransformer2DModel, folder / "transformer")
+        self._transformer = self._load_denoiser(QwenImageTransformer2DModel, folder / "transformer")
         self._read_schedule(folder)
         self.latent_shape = (self._transformer.config.in_channels // 4, _SIDE, _SIDE)
         empty = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "transformer"))

@@ -25,7 +25,7 @@ class StableDiffusion(Diffusion, Family):
         super().__init__(device, dtype)
         self._tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._text_encoder = self._load(CLIPTextModel, folder / "text_encoder")
-        self._unet = self._load(UNet2DConditionModel, folder / "unet")
+        self._unet = self._load_denoiser(UNet2DConditionModel, folder / "unet")
         # Stable Diffusion counts its steps from 1, as its own pipeline insists
         self._read_schedule(folder, steps_offset=1)
         self.latent_shape = _latent_shape(self._unet.config)
@@ -93,7 +93,7 @@ class StableDiffusionXL(Diffusion, _TwoClips):
 
         super().__init__(device, dtype)
         self._read_clips(folder, CLIPTextModel, CLIPTextModelWithProjection)
-        self._unet = self._load(UNet2DConditionModel, folder / "unet")
+        self._unet = self._load_denoiser(UNet2DConditionModel, folder / "unet")
         self._read_schedule(folder, steps_offset=1)
         self.latent_shape = _latent_shape(self._unet.config)
         self._scale = vae_scale(folder)
@@ -150,7 +150,7 @@ class StableDiffusion3(Flow, _TwoClips):
         if has(index, "text_encoder_3"):
             self._t5_tokenizer = T5TokenizerFast.from_pretrained(folder / "tokenizer_3", local_files_only=True)
             self._t5 = self._load(T5EncoderModel, folder / "text_encoder_3")
-        self._transformer = self._load(SD3Transformer2DModel, folder / "transformer")
+        self._transformer = self._load_denoiser(SD3Transformer2DModel, folder / "transformer")
         self._read_schedule(folder)
         self.latent_shape = square(self._transformer.config.sample_size, self._transformer.config.in_channels)
         lengths = [self._clip_length, self._T5_LENGTH if self._t5 else 0]

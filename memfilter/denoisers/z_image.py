@@ -26,7 +26,7 @@ class ZImage(Flow, Family):
         super().__init__(device, dtype)
         self._tokenizer = Qwen2TokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._text_encoder = self._load_language_model(Qwen3Model, folder / "text_encoder")
-        self._transformer = self._load(ZImageTransformer2DModel, folder / "transformer")
+        self._transformer = self._load_denoiser(ZImageTransformer2DModel, folder / "transformer")
         self._read_schedule(folder)
         side = latent_side(folder)
         self.latent_shape = (int(self._transformer.config.in_channels), side, side)
