@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -354,10 +355,14 @@ def _t5(width: int) -> Any:
 
 
 def _gemma_tokenizer() -> Any:
-    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
-    letters = [*string.ascii_letters, *string.digits, "▁", *",.:-'<>\n"]
-    vocabulary = {t: i for i, t in enumerate([*specials, *(f"<0x{byte:02X}>" for byte in range(256)), *letters])}
-    tokenizer = transformers.GemmaTokenizer(vocab=vocabulary, merges=[], model_max_length=4096)
+    # with the words of Sana's instruction, so that it is no longer than real ones make it
+    call = inspect.signature(diffusers.SanaPipeline.__call__).parameters
+    words = "".join(call["complex_human_instruction"].default).split()
+    merges = list(dict.fromkeys(("\u2581" + word[:i], word[i]) for word in words for i in range(len(word))))
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces = [*string.ascii_letters, *string.digits, "\u2581", *",.:-'<>()\n", *("".join(pair) for pair in merges)]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([*specials, *pieces]))}
+    tokenizer = transformers.GemmaTokenizer(vocab=vocabulary, merges=merges, model_max_length=4096)
     start = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])])
     tokenizer._tokenizer.post_processor = start
     return tokenizer
