@@ -17,7 +17,7 @@ import torch
 from pipelines import FAMILIES, LATENT_SIDE, write_family
 
 from memfilter import Config, ModelError
-from memfilter.denoisers import find_model, load_denoiser
+from memfilter.denoisers import Condition, find_model, load_denoiser
 from memfilter.magnitude import Scorer, score_captions
 from memfilter.store import Store
 
@@ -171,6 +171,12 @@ def check(folder: Path, family: str) -> Scorer:
             assert e_c.shape == x.shape
             assert abs(score - float((e_c - e_u).norm())) < 1e-5 * float(e_c.norm())
     assert (scores > 1e-3 * float(e_c.norm())).all()  # the text does something
+    for condition, expected in zip(  # and elsewhere than at the first step, with the sign
+        (ours.denoiser.encode(CAPTIONS[:1]), ours.denoiser.unconditional(1)),
+        PLAIN[family](pipe, CAPTIONS[0], x, 261),
+        strict=True,
+    ):
+        assert (ours.denoiser.predict(x, 261, condition) - expected).norm() < 1e-5 * expected.norm()
     assert len({f"{score:.4f}" for score in scores[:, 0]}) == len(CAPTIONS)
     return ours
 
@@ -194,6 +200,42 @@ def test_a_familys_variants_are_told_apart_by_the_pipelines_own_files(
     tmp_path: Path, family: str, settings: dict[str, Any], told: dict[str, Any]
 ) -> None:
     assert check(write_family(tmp_path, family, **settings), family).denoiser.settings == told
+
+
+class Own:
+    """A denoiser of one's own, of which the magnitude is known: it predicts everywhere the length of the caption."""
+
+    prediction_type = "epsilon"
+    latent_shape = (1, 2, 2)
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {"unconditional": "empty"}
+
+    def token_ids(self, captions: list[str]) -> list[bytes]:
+        return [caption.encode() for caption in captions]
+
+    def encode(self, captions: list[str]) -> Condition:
+        return Condition(torch.tensor([[[float(len(caption))]] for caption in captions]))
+
+    def unconditional(self, count: int) -> Condition:
+        return self.encode([""] * count)
+
+    def predict(self, x: torch.Tensor, timestep: float, condition: Condition) -> torch.Tensor:
+        return x + condition.states[..., None]
+
+    def first_timestep(self, steps: int) -> int:
+        return 1000 - steps
+
+    def alpha_bar(self, timestep: float) -> float:
+        return 0.5
+
+
+def test_a_denoiser_of_ones_own_is_scored_like_any_other() -> None:
+    own = Scorer(Own(), batch_size=2)
+    np.testing.assert_allclose(own.score(["four", "", "sixsix"])[:, 0], [8, 0, 12], rtol=1e-6)
+    assert (own.scoring.timestep, own.scoring.denoiser["family"]) == (950, "Own")
 
 
 @pytest.fixture(scope="session")
