@@ -119,7 +119,11 @@ class Scorer:
             norms: Floats = torch.stack(columns, dim=1)[: len(captions)].cpu().numpy()
         if not np.isfinite(norms).all():
             worst = captions[int(np.argmin(np.isfinite(norms).all(1)))]
-            hint = "its weights are damaged" if self.scoring.dtype == "float32" else "set magnitude.dtype: float32"
+            hint = (
+                "its weights are damaged"
+                if self.scoring.dtype == "float32"
+                else "set magnitude.dtype: float32, or bfloat16"
+            )
             raise ModelError(f"the prediction for {worst[:60]!r} is not finite in {self.scoring.dtype}; {hint}")
         return norms
 

@@ -252,6 +252,14 @@ def test_a_caption_scores_the_same_alone_and_in_a_batch(scorers: dict[str, Score
     np.testing.assert_allclose(together, alone, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loading_and_scoring_write_nothing_to_the_terminal(
+    folders: dict[str, Path], capfd: pytest.CaptureFixture[str], family: str
+) -> None:
+    scorer(folders[family]).score(CAPTIONS[2:])
+    assert capfd.readouterr() == ("", "")
+
+
 # -- one condition or two ---------------------------------------------------------------------------------------------
 
 PAIRS = {
@@ -392,3 +400,33 @@ def test_what_shapes_a_score_counts_and_the_autoencoders_weights_do_not(broken: 
     assert find_model(str(broken)).files == before
     change(broken / "model_index.json", force_zeros_for_empty_prompt=False)
     assert find_model(str(broken)).files != before
+
+
+@pytest.mark.parametrize(
+    ("part", "weights"),
+    [
+        ("text_encoder", "model"),
+        ("text_encoder_2", "model"),
+        ("text_encoder_3", "model"),
+        ("transformer", "diffusion_pytorch_model"),
+    ],
+)
+def test_weights_in_another_format_than_safetensors_are_refused(
+    folders: dict[str, Path], tmp_path: Path, part: str, weights: str
+) -> None:
+    folder = Path(shutil.copytree(folders["sd3"], tmp_path / "model"))
+    (folder / part / f"{weights}.safetensors").unlink()
+    torch.save({}, folder / part / ("pytorch_model.bin" if weights == "model" else f"{weights}.bin"))
+    assert "safetensors" in refused(folder)
+
+
+def test_code_in_a_models_folder_does_not_run(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder, trace = Path(shutil.copytree(folders["flux"], tmp_path / "model")), tmp_path / "imported"
+    for part in (".", "transformer", "text_encoder_2", "tokenizer_2", "scheduler"):
+        (folder / part / "own.py").write_text(f"open({str(trace)!r}, 'w')\n")
+    own = dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer"), "own.Own")
+    change(folder / "text_encoder_2" / "config.json", auto_map=own)
+    change(folder / "tokenizer_2" / "tokenizer_config.json", auto_map=own | {"AutoTokenizer": ["own.Own", "own.Own"]})
+    change(folder / "model_index.json", transformer=["own", "Own"])
+    assert scorer(folder).score(["a dog"]) > 0
+    assert not trace.exists()
