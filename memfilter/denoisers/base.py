@@ -175,6 +175,15 @@ class Family:
 
         return self._load(kind, folder, torch.bfloat16 if self.dtype == torch.float16 else self.dtype)
 
+    def _load_but_last_layer(self, kind: Any, folder: Path) -> Any:
+        """Return a language model that ends with its last states but one: asked for, it would hold those of all."""
+        import torch
+
+        model = self._load_language_model(kind, folder)
+        model.layers, model.norm = model.layers[:-1], torch.nn.Identity()
+        model.config.num_hidden_layers -= 1
+        return model
+
     def _load_denoiser(self, kind: Any, folder: Path) -> Any:
         # cast as well: diffusers leaves some of them in float32 where accelerate is not installed
         return self._load(kind, folder).to(self.dtype)

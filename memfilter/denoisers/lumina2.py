@@ -28,7 +28,7 @@ class Lumina2(Flow, Family):
         super().__init__(device, dtype)
         self._tokenizer = GemmaTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._tokenizer.padding_side = "right"
-        self._text_encoder = self._load_language_model(Gemma2Model, folder / "text_encoder")
+        self._text_encoder = self._load_but_last_layer(Gemma2Model, folder / "text_encoder")
         self._transformer = self._load_denoiser(Lumina2Transformer2DModel, folder / "transformer")
         self._read_schedule(folder)
         self.latent_shape = square(self._transformer.config.sample_size, self._transformer.config.in_channels)
@@ -65,5 +65,5 @@ class Lumina2(Flow, Family):
 
     def _states(self, ids: Any, mask: Any) -> Condition:
         masks = self._tensor(mask).long()
-        out = self._text_encoder(self._tensor(ids), attention_mask=masks, output_hidden_states=True)
-        return Condition(out.hidden_states[-2].to(self.dtype), mask=masks)
+        out = self._text_encoder(self._tensor(ids), attention_mask=masks, use_cache=False)
+        return Condition(out.last_hidden_state.to(self.dtype), mask=masks)

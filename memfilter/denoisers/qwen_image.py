@@ -50,7 +50,7 @@ class QwenImage(Flow, Family):
     def encode(self, captions: list[str]) -> Condition:
         """Return the text encoder's states (B, 512, D) after those of the template's opening, and their mask."""
         ids, mask = self._ids(captions)
-        out = self._text_encoder(input_ids=self._tensor(ids), attention_mask=self._tensor(mask).long())
+        out = self._text_encoder(input_ids=self._tensor(ids), attention_mask=self._tensor(mask).long(), use_cache=False)
         states = out.last_hidden_state.to(self.dtype)
         kept = states.new_zeros((len(captions), _LENGTH, states.shape[-1]))
         masks = kept.new_zeros(kept.shape[:2]).long()

@@ -73,4 +73,4 @@ class Sana(Flow, Family):
 
     def _states(self, ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
         masks = self._tensor(mask).long()
-        return self._text_encoder(self._tensor(ids), attention_mask=masks)[0].to(self.dtype), masks
+        return self._text_encoder(self._tensor(ids), attention_mask=masks, use_cache=False)[0].to(self.dtype), masks

@@ -25,7 +25,7 @@ class ZImage(Flow, Family):
 
         super().__init__(device, dtype)
         self._tokenizer = Qwen2TokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
-        self._text_encoder = self._load_language_model(Qwen3Model, folder / "text_encoder")
+        self._text_encoder = self._load_but_last_layer(Qwen3Model, folder / "text_encoder")
         self._transformer = self._load_denoiser(ZImageTransformer2DModel, folder / "transformer")
         self._read_schedule(folder)
         side = latent_side(folder)
@@ -40,8 +40,8 @@ class ZImage(Flow, Family):
         """Return the text encoder's last states but one (B, 512, D) and their mask."""
         ids, mask = self._ids(captions)
         masks = self._tensor(mask)
-        out = self._text_encoder(input_ids=self._tensor(ids), attention_mask=masks, output_hidden_states=True)
-        return Condition(out.hidden_states[-2].to(self.dtype), mask=masks.long())
+        out = self._text_encoder(input_ids=self._tensor(ids), attention_mask=masks, use_cache=False)
+        return Condition(out.last_hidden_state.to(self.dtype), mask=masks.long())
 
     def predict(self, x: torch.Tensor, timestep: float, condition: Condition) -> torch.Tensor:
         """Return the velocity (B, C, H, W) from image to noise, against the transformer's own direction."""
