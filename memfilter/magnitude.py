@@ -1,9 +1,10 @@
 """Text-conditional prediction magnitudes of distinct captions, from a model that is loaded once and kept warm.
 
 The score of Wen et al. 2024, *Detecting, Explaining, and Mitigating Memorization in Diffusion Models*, at the first
-step: the L2 norm of e(x_T, t, caption) - e(x_T, t, "") over the whole latent, for pure noise x_T at the first timestep
-of a 50-step DDIM schedule, averaged over seeds.  Higher means memorized.  Every caption meets the same noise, so the
-unconditional prediction is computed once a seed, and captions with equal token ids are scored once.
+step: the L2 norm of e(x_T, t, caption) - e(x_T, t, unconditional) over the whole latent, for pure noise x_T at the
+first timestep of a 50-step DDIM schedule (a flow's own), averaged over seeds.  Higher means memorized.  Every caption
+meets the same noise, so the unconditional prediction is computed once a seed, and captions with equal token ids are
+scored once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from .config import Config, FalsePositiveRate, Quantile, digest_of
-from .denoisers import Denoiser, ModelFiles, find_model, load_denoiser, token_digest
+from .denoisers import Condition, Denoiser, ModelFiles, find_model, load_denoiser, token_digest
 from .errors import ConfigError, ModelError
 from .records import SCORES, Floats, Ints, Scores
 from .store import Store, done, read_note, read_table, write_table
@@ -49,6 +50,7 @@ class Scoring:
     device: str
     dtype: str
     eps_factor: float
+    denoiser: dict[str, Any]  # the unconditional, and what else the adapter gives the model
 
 
 class Scorer:
@@ -67,8 +69,8 @@ class Scorer:
         self.noise = torch.stack(noise).to(denoiser.device, denoiser.dtype)
         with torch.inference_mode():
             # in a full batch, so that it takes the same path through the kernels as the captions do
-            empty = denoiser.encode([""] * batch_size)
-            self.unconditional = [self._predict(x, timestep, empty)[:1] for x in self.noise]
+            nothing = denoiser.unconditional(batch_size)
+            self.unconditional = [self._predict(x, timestep, nothing)[:1] for x in self.noise]
         self.scoring = Scoring(
             denoiser.prediction_type,
             timestep,
@@ -77,6 +79,7 @@ class Scorer:
             denoiser.device.type,
             str(denoiser.dtype).removeprefix("torch."),
             eps_factor(denoiser.prediction_type, denoiser.alpha_bar(timestep)),
+            {"family": type(denoiser).__name__, **denoiser.settings},
         )
 
     @classmethod
@@ -116,11 +119,15 @@ class Scorer:
             norms: Floats = torch.stack(columns, dim=1)[: len(captions)].cpu().numpy()
         if not np.isfinite(norms).all():
             worst = captions[int(np.argmin(np.isfinite(norms).all(1)))]
-            hint = "its weights are damaged" if self.scoring.dtype == "float32" else "set magnitude.dtype: float32"
+            hint = (
+                "its weights are damaged"
+                if self.scoring.dtype == "float32"
+                else "set magnitude.dtype: float32, or bfloat16"
+            )
             raise ModelError(f"the prediction for {worst[:60]!r} is not finite in {self.scoring.dtype}; {hint}")
         return norms
 
-    def _predict(self, x: torch.Tensor, timestep: int, condition: torch.Tensor) -> torch.Tensor:
+    def _predict(self, x: torch.Tensor, timestep: int, condition: Condition) -> torch.Tensor:
         return self.denoiser.predict(x.expand(len(condition), *x.shape), timestep, condition).float()
 
 
@@ -136,10 +143,14 @@ def _conditions(ids: list[bytes]) -> tuple[list[bytes], dict[bytes, int]]:
 
 
 def eps_factor(prediction_type: str, alpha_bar: float) -> float:
-    """Return |f| with which a difference of raw predictions becomes one of noise predictions (variance preserving)."""
+    """Return |f| with which a difference of raw predictions becomes one of noise predictions.
+
+    `alpha_bar` is the square of the image's factor in x_t: of a flow it is (1 - sigma)^2.
+    """
     factors = {
         "epsilon": 1.0,
         "v_prediction": alpha_bar**0.5,
+        "flow": alpha_bar**0.5,
         "sample": alpha_bar**0.5 / max(1 - alpha_bar, 1e-12) ** 0.5,
     }
     if prediction_type not in factors:
@@ -172,7 +183,7 @@ def score_captions(
     settings = config.magnitude
     if model is None:
         return None
-    base = digest_of(["scores-1", model.files, _numbers(config), _device(), {n: version(n) for n in _LIBRARIES}])
+    base = digest_of(["scores-2", model.files, _numbers(config), _device(), {n: version(n) for n in _LIBRARIES}])
 
     @cache
     def scorer() -> Scorer:

@@ -166,8 +166,8 @@ def test_the_epsilon_factor_turns_a_difference_of_predictions_into_one_of_noise(
 
 
 def test_an_unknown_prediction_type_is_refused() -> None:
-    with pytest.raises(ModelError, match="'flow'"):
-        eps_factor("flow", 0.3)
+    with pytest.raises(ModelError, match="'score'"):
+        eps_factor("score", 0.3)
 
 
 # -- the stage --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,298 @@
+"""What every family of pipelines shares: the condition, the noise schedules, tokens as bytes, how parts are read."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+Index = dict[str, Any]
+Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a denoiser is told of B captions: text states (B, L, D) and, in some families, a pooled state (B, P) and a
+    mask (B, L) that is 1 at the tokens and 0 at the padding.
+    """
+
+    states: torch.Tensor
+    pooled: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return the number of captions."""
+        return len(self.states)
+
+    def __getitem__(self, rows: slice) -> Condition:
+        """Return the condition of some of the captions."""
+        pooled, mask = (part if part is None else part[rows] for part in (self.pooled, self.mask))
+        return Condition(self.states[rows], pooled, mask)
+
+
+class Denoiser(Protocol):
+    """What the magnitude stage needs of a text-to-image model.
+
+    `prediction_type` is 'epsilon', 'v_prediction', 'sample' or 'flow' (noise minus image); `latent_shape` (C, H, W) is
+    the model's own size, and may be set to another one that the model takes; `settings` tells what else shapes a
+    prediction: the unconditional, the tokens that a caption is cut at, a guidance that the model is given.
+    """
+
+    prediction_type: str
+    latent_shape: tuple[int, int, int]
+    device: torch.device
+    dtype: torch.dtype
+    settings: dict[str, Any]
+
+    def token_ids(self, captions: list[str]) -> list[bytes]:
+        """Return of each caption the ids that the model sees, as bytes: equal ids are one condition."""
+        ...
+
+    def encode(self, captions: list[str]) -> Condition:
+        """Return the captions' condition, of a length that does not depend on the captions."""
+        ...
+
+    def unconditional(self, count: int) -> Condition:
+        """Return so many times the condition that guidance leads away from, as the family's pipeline has it."""
+        ...
+
+    def predict(self, x: torch.Tensor, timestep: float, condition: Condition) -> torch.Tensor:
+        """Return the raw prediction (B, C, H, W) for latents x of that shape at one timestep, 0 to 1000."""
+        ...
+
+    def first_timestep(self, steps: int) -> int:
+        """Return the first timestep of a schedule of so many steps."""
+        ...
+
+    def alpha_bar(self, timestep: float) -> float:
+        """Return the square of the image's factor in x_t: the cumulative product of the alphas, or (1 - sigma)^2."""
+        ...
+
+
+class Diffusion:
+    """The variance-preserving schedule of a folder's scheduler: x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise."""
+
+    prediction_type: str
+
+    def _read_schedule(self, folder: Path, **settings: Any) -> None:
+        from diffusers import DDIMScheduler
+
+        if (name := _scheduler(folder)).startswith("EDM"):
+            raise ModelError(f"its scheduler is an {name}, which scales the latents; such a model cannot be scored")
+        self._schedule = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", **settings)
+        self.prediction_type = str(self._schedule.config.prediction_type)
+
+    def first_timestep(self, steps: int) -> int:
+        """Return the first timestep of a DDIM schedule of so many steps."""
+        self._schedule.set_timesteps(steps)
+        return int(self._schedule.timesteps[0])
+
+    def alpha_bar(self, timestep: float) -> float:
+        """Return the cumulative product of the alphas at a timestep."""
+        return float(self._schedule.alphas_cumprod[int(timestep)])
+
+
+class Flow:
+    """Rectified flow: x_t = (1 - sigma) x_0 + sigma noise, where sigma = t / 1000; predicted is noise - x_0."""
+
+    prediction_type = "flow"
+
+    def _read_schedule(self, folder: Path) -> None:
+        import diffusers
+
+        known = ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+        if (name := _scheduler(folder)) not in known:
+            raise ModelError(f"its scheduler is a {name}; that of a flow is a {' or a '.join(known)}")
+        self._schedule = getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
+
+    def first_timestep(self, steps: int) -> int:
+        """Return the first timestep of the pipeline's own schedule of so many steps: all noise."""
+        # how far the image's size shifts the schedule does not matter: its first step stays where it is
+        shift = {"mu": 1.0} if self._schedule.config.get("use_dynamic_shifting") else {}
+        self._schedule.set_timesteps(steps, **shift)
+        return round(float(self._schedule.timesteps[0]))
+
+    def alpha_bar(self, timestep: float) -> float:
+        """Return (1 - sigma)^2 at a timestep."""
+        return (1 - timestep / float(self._schedule.config.num_train_timesteps)) ** 2
+
+
+class Family:
+    """One family's pipelines, by the class names in model_index.json, and the parts of them that shape a score.
+
+    The parts are loaded by classes that are named here, never by what the folder names, so that no code in it can run.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]]
+    parts: ClassVar[tuple[str, ...]]
+    optional: ClassVar[tuple[str, ...]] = ()
+
+    settings: dict[str, Any]
+    latent_shape: tuple[int, int, int]
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+
+    def encode(self, captions: list[str]) -> Condition:
+        """Return the captions' condition."""
+        raise NotImplementedError
+
+    def unconditional(self, count: int) -> Condition:
+        """Return so many times the condition of the empty caption."""
+        return self.encode([""] * count)
+
+    def _load(self, kind: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
+        """Return a model of which every weight was in the folder's safetensors files; raises ModelError."""
+        # loaded in its precision and not cast to it: the libraries keep in float32 what would overflow or drift
+        model, info = kind.from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            torch_dtype=dtype or self.dtype,
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise ModelError(
+                f"{folder.name} lacks {len(missing)} weights, such as {missing[0]}; save or fetch it again"
+            )
+        return model.to(self.device).eval()
+
+    def _load_language_model(self, kind: Any, folder: Path) -> Any:
+        """Return a text encoder that was trained in bfloat16, in that in place of float16, in which it overflows."""
+        import torch
+
+        return self._load(kind, folder, torch.bfloat16 if self.dtype == torch.float16 else self.dtype)
+
+    def _load_but_last_layer(self, kind: Any, folder: Path) -> Any:
+        """Return a language model that ends with its last states but one: asked for, it would hold those of all."""
+        import torch
+
+        model = self._load_language_model(kind, folder)
+        model.layers, model.norm = model.layers[:-1], torch.nn.Identity()
+        model.config.num_hidden_layers -= 1
+        return model
+
+    def _load_denoiser(self, kind: Any, folder: Path) -> Any:
+        # cast as well: diffusers leaves some of them in float32 where accelerate is not installed
+        return self._load(kind, folder).to(self.dtype)
+
+    def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def _times(self, time: float, count: int) -> torch.Tensor:
+        import torch
+
+        return torch.full((count,), time, device=self.device, dtype=torch.float32)
+
+
+def read_index(folder: Path) -> Index:
+    """Return what model_index.json says; raises ModelError where it does not name a pipeline."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        index = None
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise ModelError("model_index.json does not say what pipeline this is")
+    return index
+
+
+def has(index: Index, part: str) -> bool:
+    """Return whether a model_index.json names this part, and not as null."""
+    return index.get(part) not in (None, [None, None])
+
+
+def tokenise(tokenizer: Any, texts: list[str], length: int) -> tuple[Tokens, npt.NDArray[np.bool_]]:
+    """Return the ids (B, length) of texts that are cut or padded to one length, and a mask, true at the tokens."""
+    out = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_attention_mask=True)
+    return np.asarray(out["input_ids"], np.int64), np.asarray(out["attention_mask"]).astype(bool)
+
+
+def packed(ids: Tokens, mask: npt.NDArray[np.bool_] | None = None) -> list[bytes]:
+    """Return each row of ids as bytes, of the masked ones alone if a mask is given: a model sees no other."""
+    rows = ids if mask is None else (row[kept] for row, kept in zip(ids, mask, strict=True))
+    return [row.astype(">u4").tobytes() for row in rows]
+
+
+def square(size: Any, channels: int) -> tuple[int, int, int]:
+    """Return the latent shape of a model's sample_size, a side or two."""
+    sides = size if isinstance(size, (list, tuple)) else (size, size)
+    return (int(channels), int(sides[0]), int(sides[1]))
+
+
+def vae_scale(folder: Path) -> int:
+    """Return how many pixels a latent spans on a side, 8 where the autoencoder's config does not tell."""
+    try:
+        return 1 << (len(_vae_config(folder)["block_out_channels"]) - 1)
+    except (KeyError, TypeError):
+        return 8
+
+
+def latent_side(folder: Path) -> int:
+    """Return the side of the latents of the autoencoder's own image size, or else of 1024 pixels: for transformers
+    that take any size.
+    """
+    size = _vae_config(folder).get("sample_size", 1024)
+    return int(size) // vae_scale(folder)
+
+
+def _vae_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = {}
+    return config if isinstance(config, dict) else {}
+
+
+def _scheduler(folder: Path) -> str:
+    try:
+        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        return str(config.get("_class_name", ""))
+    except (OSError, ValueError, AttributeError) as e:
+        raise ModelError("scheduler/scheduler_config.json cannot be read; save or fetch it again") from e
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keep the two libraries from logging to the terminal: what matters comes as one error."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    before = [(m, m.get_verbosity()) for m in (diffusers_logging, transformers_logging)]
+    for module, _ in before:
+        module.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for module, verbosity in before:
+            module.set_verbosity(verbosity)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the two libraries from logging and from showing progress."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    with_bars = [m for m in (diffusers_logging, transformers_logging) if m.is_progress_bar_enabled()]
+    for module in with_bars:
+        module.disable_progress_bar()
+    try:
+        with silent():
+            yield
+    finally:
+        for module in with_bars:
+            module.enable_progress_bar()
