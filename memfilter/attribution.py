@@ -166,12 +166,13 @@ def explain(
     manifest = Manifest.load(directory)
     row = _sample(manifest, key, shard)
     caption = _caption(manifest, row)
-    settings = manifest.info["config"]["magnitude"]
-    spec = model or settings["model"]
+    settings, scoring = manifest.info["config"]["magnitude"], manifest.info["magnitude"]
+    # the manifest tells the model's name alone, the run where it lay
+    own = (Store(directory).read_run() or {}).get("model")
+    spec = model or (own and own[0])
     if spec is None:
         raise ConfigError(f"{directory}: the run has no model; give one that has seen the data with --model")
     files = find_model(spec)
-    scoring = manifest.info["magnitude"]
     if scoring is not None and (other := {f for f, _ in files.files.items() ^ scoring["files"].items()}):
         raise ModelError(f"{spec}: not the run's model: its {min(other)} is another; say where that lies with --model")
     found = attribute(load_denoiser(files, settings["dtype"]), caption, steps, settings["seeds"])
@@ -229,6 +230,8 @@ def _sample(manifest: Manifest, key: str, shard: str | None) -> dict[str, Any]:
             shards = [shard] if shard in shards else [manifest.shard_of(shard)]
         except KeyError as e:
             raise ConfigError(str(e.args[0])) from None
+    # as the manifest writes a key that is not UTF-8
+    key = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     rows = list(_rows(manifest, shards, "key", key))
     within = sorted({str(row["shard"]) for row in rows})
     if not rows:

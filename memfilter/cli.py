@@ -109,7 +109,7 @@ def explain(sample: tuple[str, ...], prompt: str | None, model: str | None, step
             raise click.UsageError("give DIRECTORY KEY, DIRECTORY SHARD KEY, or --prompt TEXT --model PATH")
         directory, *shard, key = sample
         found = attribution.explain(directory, key, shard[0] if shard else None, model, steps)
-    click.echo(json.dumps(found, ensure_ascii=False, indent=2) if as_json else "\n".join(attribution.lines(found)))
+    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(attribution.lines(found)))
 
 
 @cli.command()

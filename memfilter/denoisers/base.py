@@ -103,7 +103,9 @@ class Diffusion:
 
         if (name := _scheduler(folder)).startswith("EDM"):
             raise ModelError(f"its scheduler is an {name}, which scales the latents; such a model cannot be scored")
-        self._schedule = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", **settings)
+        config = DDIMScheduler.load_config(folder, subfolder="scheduler")
+        # another scheduler's config does not say that latents are not clipped, and DDIM's default is to clip them
+        self._schedule = DDIMScheduler.from_config({"clip_sample": False, **config}, **settings)
         self.prediction_type = str(self._schedule.config.prediction_type)
 
     def first_timestep(self, steps: int) -> int:
@@ -177,11 +179,10 @@ class Family:
 
     def tokens(self, caption: str) -> tuple[list[Token], int]:
         """Return the tokens that the model sees of a caption, without those that no text stands for, and how many of
-        the caption's characters were read; raises ModelError where states have no row a token of one tokenizer.
+        the caption's characters were read; raises ModelError where states are not one row a token of one tokenizer.
         """
-        raise ModelError(
-            f"words have no weights in a {type(self).__name__}: its states are not those of a caption alone"
-        )
+        kind = type(self).__name__
+        raise ModelError(f"words have no weights under {kind}: its text states are not one row for each token")
 
     def _load(self, kind: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
         """Return a model of which every weight was in the folder's safetensors files; raises ModelError."""
