@@ -111,13 +111,22 @@ def by_formula(
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_the_steps_are_the_papers_in_the_prompts_direction(models: dict[str, Path], kind: str) -> None:
-    found = attribute(warm(models[kind]), CAPTION, steps=3)
-    expected, norm = by_formula(models[kind], CAPTION, steps=3)
-    assert found.timesteps == [981, 961, 941]
+    found = attribute(warm(models[kind]), CAPTION, steps=2)
+    expected, norm = by_formula(models[kind], CAPTION, steps=2)
+    assert found.timesteps == [981, 961]
     assert weights(found) == pytest.approx(expected, rel=1e-5)
     assert found.magnitude == pytest.approx(norm, rel=1e-5)
-    walked_away, _ = by_formula(models[kind], CAPTION, steps=3, swapped=True)
+    walked_away, _ = by_formula(models[kind], CAPTION, steps=2, swapped=True)
     assert weights(found) != pytest.approx(walked_away, rel=1e-4)
+
+
+def test_latents_are_not_clipped_where_the_scheduler_does_not_say_so(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(models["epsilon"], tmp_path / "silent"))
+    file = folder / "scheduler" / "scheduler_config.json"
+    settings = json.loads(file.read_text())
+    assert settings.pop("clip_sample") is False
+    file.write_text(json.dumps(settings))
+    assert attribute(warm(folder), CAPTION, steps=2) == attribute(warm(models["epsilon"]), CAPTION, steps=2)
 
 
 def test_seeds_are_averaged_and_one_step_is_the_score_itself(models: dict[str, Path], denoiser: Denoiser) -> None:
@@ -150,7 +159,8 @@ def test_other_families_weights_are_the_norms_of_gradients(tmp_path: Path, famil
         with pytest.raises(ModelError, match=r"^a Flux is explained at its first step alone; take 1 step, not 2$"):
             attribute(model, "a dog", steps=2)
     else:
-        assert attribute(model, "a dog", steps=2).timesteps[0] > attribute(model, "a dog", steps=2).timesteps[1]
+        first, second = attribute(model, "a dog", steps=2).timesteps
+        assert first > second
 
 
 @pytest.mark.parametrize("family", ["sd3", "lumina2"])
@@ -213,7 +223,7 @@ def test_an_empty_caption_has_no_words(denoiser: Denoiser, caption: str) -> None
 
 def test_a_name_weighs_most_in_a_memorized_caption() -> None:
     planted = samples()
-    repeated = sorted({p.original for p in planted if p.kind == "repeated pair"})[:20]
+    repeated = sorted({p.original for p in planted if p.kind == "repeated pair"})[:12]
     model = warm(MODEL, "float32")
     for caption in (planted[i].caption for i in repeated):
         found = attribute(model, caption)
