@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -84,6 +85,31 @@ def generalise(
     click.echo(summary.generalised_line(manifest.info["generalised"]))
     if manifest.info["generality"]:
         click.echo(summary.generality_line(manifest.info["generality"]))
+
+
+@cli.command()
+@click.argument("sample", nargs=-1, metavar="[DIRECTORY [SHARD] KEY]")
+@click.option("--prompt", help="Explain this prompt in place of a run's sample; --model is needed.")
+@click.option("--model", help="A diffusers pipeline's folder or hub id (default: the run's own).")
+@click.option("--steps", type=click.IntRange(1, 50), default=1, show_default=True, help="First steps of 50 to average.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with the weight of every token.")
+def explain(sample: tuple[str, ...], prompt: str | None, model: str | None, steps: int, as_json: bool) -> None:
+    """Show which words of a caption carry its magnitude: of the sample KEY of a run's DIRECTORY, or of any --prompt.
+
+    SHARD is needed where samples of several shards have the same key.
+    """
+    from . import attribution
+
+    if prompt is not None:
+        if sample or model is None:
+            raise click.UsageError("--prompt takes --model, and no DIRECTORY")
+        found = attribution.explain_prompt(prompt, model, steps)
+    else:
+        if len(sample) not in (2, 3):
+            raise click.UsageError("give DIRECTORY KEY, DIRECTORY SHARD KEY, or --prompt TEXT --model PATH")
+        directory, *shard, key = sample
+        found = attribution.explain(directory, key, shard[0] if shard else None, model, steps)
+    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(attribution.lines(found)))
 
 
 @cli.command()

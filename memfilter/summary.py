@@ -195,13 +195,13 @@ def generalised_line(found: dict[str, Any]) -> str:
 def _group(place: int, group: dict[str, Any]) -> str:
     kind = "" if group["kind"] == "picture" else f"{group['kind']} "
     captions = "1 caption" if group["captions"] == 1 else f"{group['captions']:,} captions"
-    name = _printable(f"{group['shard']} {group['key']}")
-    caption = textwrap.shorten(_printable(group["caption"]), 60, placeholder=" …")
+    name = printable(f"{group['shard']} {group['key']}")
+    caption = textwrap.shorten(printable(group["caption"]), 60, placeholder=" …")
     return f"{'' if place else 'largest':10}{group['count']:,} x {kind}{name} ({captions}) {caption}".rstrip()
 
 
-def _printable(text: str) -> str:
-    # what a stranger wrote may hold the control codes of a terminal
+def printable(text: str) -> str:
+    """Return a text for the terminal: what a stranger wrote may hold its control codes."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 

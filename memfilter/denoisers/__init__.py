@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import ModelError
 from ..store import file_digest
-from .base import Condition, Denoiser, Index, has, quiet, read_index, silent
+from .base import Condition, Denoiser, Diffusion, Index, Token, has, quiet, read_index, silent
 from .flux import Flux
 from .lumina2 import Lumina2
 from .pixart import PixArt
@@ -22,7 +22,17 @@ from .sana import Sana
 from .stable_diffusion import StableDiffusion, StableDiffusion3, StableDiffusionXL
 from .z_image import ZImage
 
-__all__ = ["Condition", "Denoiser", "ModelFiles", "find_model", "load_denoiser", "quiet", "token_digest"]
+__all__ = [
+    "Condition",
+    "Denoiser",
+    "Diffusion",
+    "ModelFiles",
+    "Token",
+    "find_model",
+    "load_denoiser",
+    "quiet",
+    "token_digest",
+]
 
 _FAMILIES: dict[str, Any] = {
     "Stable Diffusion 1 and 2": StableDiffusion,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,14 @@ class Condition:
         return Condition(self.states[rows], pooled, mask)
 
 
+class Token(NamedTuple):
+    """A token of a caption: its row in the condition's states, and the caption's characters that it stands for."""
+
+    row: int
+    start: int
+    end: int
+
+
 class Denoiser(Protocol):
     """What the magnitude stage needs of a text-to-image model.
 
@@ -68,6 +76,10 @@ class Denoiser(Protocol):
         """Return so many times the condition that guidance leads away from, as the family's pipeline has it."""
         ...
 
+    def tokens(self, caption: str) -> tuple[list[Token], int]:
+        """Return the caption's tokens, and how many of its characters were read; raises ModelError where it cannot."""
+        ...
+
     def predict(self, x: torch.Tensor, timestep: float, condition: Condition) -> torch.Tensor:
         """Return the raw prediction (B, C, H, W) for latents x of that shape at one timestep, 0 to 1000."""
         ...
@@ -91,7 +103,9 @@ class Diffusion:
 
         if (name := _scheduler(folder)).startswith("EDM"):
             raise ModelError(f"its scheduler is an {name}, which scales the latents; such a model cannot be scored")
-        self._schedule = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", **settings)
+        config = DDIMScheduler.load_config(folder, subfolder="scheduler")
+        # another scheduler's config does not say that latents are not clipped, and DDIM's default is to clip them
+        self._schedule = DDIMScheduler.from_config({"clip_sample": False, **config}, **settings)
         self.prediction_type = str(self._schedule.config.prediction_type)
 
     def first_timestep(self, steps: int) -> int:
@@ -102,6 +116,16 @@ class Diffusion:
     def alpha_bar(self, timestep: float) -> float:
         """Return the cumulative product of the alphas at a timestep."""
         return float(self._schedule.alphas_cumprod[int(timestep)])
+
+    def timesteps(self, steps: int) -> list[int]:
+        """Return the timesteps of a DDIM schedule of so many steps, from noise to image."""
+        self._schedule.set_timesteps(steps)
+        return [int(t) for t in self._schedule.timesteps]
+
+    def step(self, prediction: torch.Tensor, timestep: int, x: torch.Tensor) -> torch.Tensor:
+        """Return the latents at the next timestep of the schedule last asked for: a DDIM step, without new noise."""
+        after: torch.Tensor = self._schedule.step(prediction, timestep, x, return_dict=False)[0]
+        return after
 
 
 class Flow:
@@ -153,6 +177,13 @@ class Family:
         """Return so many times the condition of the empty caption."""
         return self.encode([""] * count)
 
+    def tokens(self, caption: str) -> tuple[list[Token], int]:
+        """Return the tokens that the model sees of a caption, without those that no text stands for, and how many of
+        the caption's characters were read; raises ModelError where states are not one row a token of one tokenizer.
+        """
+        kind = type(self).__name__
+        raise ModelError(f"words have no weights under {kind}: its text states are not one row for each token")
+
     def _load(self, kind: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
         """Return a model of which every weight was in the folder's safetensors files; raises ModelError."""
         # loaded in its precision and not cast to it: the libraries keep in float32 what would overflow or drift
@@ -167,7 +198,7 @@ class Family:
             raise ModelError(
                 f"{folder.name} lacks {len(missing)} weights, such as {missing[0]}; save or fetch it again"
             )
-        return model.to(self.device).eval()
+        return model.to(self.device).eval().requires_grad_(False)
 
     def _load_language_model(self, kind: Any, folder: Path) -> Any:
         """Return a text encoder that was trained in bfloat16, in that in place of float16, in which it overflows."""
@@ -219,6 +250,20 @@ def tokenise(tokenizer: Any, texts: list[str], length: int) -> tuple[Tokens, npt
     """Return the ids (B, length) of texts that are cut or padded to one length, and a mask, true at the tokens."""
     out = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_attention_mask=True)
     return np.asarray(out["input_ids"], np.int64), np.asarray(out["attention_mask"]).astype(bool)
+
+
+def spans(tokenizer: Any, text: str, length: int) -> tuple[list[Token], int]:
+    """Return a text's tokens within this length, special ones left out, and where the first that was cut off starts.
+
+    Raises ModelError for a tokenizer that does not tell where its tokens are from.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError("its tokenizer does not tell where tokens are from; pip install 'transformers>=5'")
+    out = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    cut = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=length)["offset_mapping"]
+    tokens = [Token(row, start, end) for row, (start, end) in enumerate(cut) if start < end]
+    rest = [start for start, end in out if start < end][len(tokens) :]
+    return tokens, rest[0] if rest else len(text)
 
 
 def packed(ids: Tokens, mask: npt.NDArray[np.bool_] | None = None) -> list[bytes]:

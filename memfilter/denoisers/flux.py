@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .base import Condition, Family, Flow, Index, Tokens, latent_side, packed, tokenise
+from .base import Condition, Family, Flow, Index, Token, Tokens, latent_side, packed, spans, tokenise
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +67,10 @@ class Flux(Flow, Family):
             return_dict=False,
         )[0]
         return unpack(out, rows, columns)
+
+    def tokens(self, caption: str) -> tuple[list[Token], int]:
+        """Return the caption's tokens among the T5's 512, and how many of its characters were read."""
+        return spans(self._t5_tokenizer, caption, self._T5_LENGTH)
 
     def _ids(self, captions: list[str]) -> tuple[Tokens, Tokens]:
         clip, _ = tokenise(self._clip_tokenizer, captions, self._clip_length)

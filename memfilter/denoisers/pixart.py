@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import Condition, Diffusion, Family, Index, packed, square, tokenise, vae_scale
+from .base import Condition, Diffusion, Family, Index, Token, packed, spans, square, tokenise, vae_scale
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,16 @@ class PixArt(Diffusion, Family):
             return_dict=False,
         )[0]
         return out[:, : x.shape[1]]
+
+    def tokens(self, caption: str) -> tuple[list[Token], int]:
+        """Return the caption's tokens among the T5's, and how many of its characters were read."""
+        lower = caption.lower()
+        # of each character in lower case, the caption's: one may become two
+        places = [i for i, character in enumerate(caption) for _ in character.lower()]
+        places = places[len(lower) - len(lower.lstrip()) :]
+        tokens, read = spans(self._tokenizer, lower.strip(), self._length)
+        found = [Token(token.row, places[token.start], places[token.end - 1] + 1) for token in tokens]
+        return found, places[read] if read < len(lower.strip()) else len(caption)
 
     def _size(self, x: torch.Tensor) -> dict[str, Any]:
         # the 1024-pixel Alpha model alone is told of the image's size

@@ -6,7 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from .base import Condition, Diffusion, Family, Flow, Index, Tokens, has, packed, square, tokenise, vae_scale
+from .base import (
+    Condition,
+    Diffusion,
+    Family,
+    Flow,
+    Index,
+    Token,
+    Tokens,
+    has,
+    packed,
+    spans,
+    square,
+    tokenise,
+    vae_scale,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +57,10 @@ class StableDiffusion(Diffusion, Family):
         """Return the UNet's raw prediction (B, C, H, W)."""
         out: torch.Tensor = self._unet(x, timestep, encoder_hidden_states=condition.states, return_dict=False)[0]
         return out
+
+    def tokens(self, caption: str) -> tuple[list[Token], int]:
+        """Return the caption's tokens among the text encoder's 77, and how many of its characters were read."""
+        return spans(self._tokenizer, caption, _length(self._text_encoder))
 
     def _ids(self, captions: list[str]) -> Tokens:
         return tokenise(self._tokenizer, captions, _length(self._text_encoder))[0]
@@ -126,6 +144,16 @@ class StableDiffusionXL(Diffusion, _TwoClips):
             x, timestep, encoder_hidden_states=condition.states, added_cond_kwargs=added, return_dict=False
         )[0]
         return out
+
+    def tokens(self, caption: str) -> tuple[list[Token], int]:
+        """Return the caption's tokens among the text encoders' 77, and how many of its characters were read.
+
+        Raises ModelError where the two tokenizers cut the caption in different places.
+        """
+        first, second = (spans(tokenizer, caption, self._clip_length) for tokenizer in self._tokenizers)
+        if first != second:
+            raise ModelError("its two tokenizers cut this caption differently: its words have no weights")
+        return first
 
 
 class StableDiffusion3(Flow, _TwoClips):
