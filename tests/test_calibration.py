@@ -34,6 +34,21 @@ from memfilter.store import file_digest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+CAPTIONS = [f"{'a dog ' * (i % 5)}on a mat, number {i}" for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pipeline(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "0.tar"
+    members = [m for i, c in enumerate(CAPTIONS) for m in sample(f"{i:03}", encoded(picture(i)), c)]
+    return write_tar(path, members)
+
+
 # -- the measures -----------------------------------------------------------------------------------------------------
 
 few_values = st.integers(0, 5).map(float)  # many ties
@@ -156,14 +171,15 @@ def test_a_caption_may_hold_line_breaks_of_all_kinds(tmp_path: Path) -> None:
     ],
 )
 def test_a_broken_list_is_refused_in_one_line_before_anything_is_read(
-    content: str | bytes | None, cause: str, tmp_path: Path
+    content: str | bytes | None, cause: str, shards: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "list.csv"
     if content is not None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     wanted = {"model": str(tmp_path), "threshold": {"false_positive_rate": 0.1, "labelled": str(path)}}
     with pytest.raises(ConfigError) as caught:
-        memfilter.run([str(tmp_path / "*.tar")], tmp_path / "out", Config.parse({"magnitude": wanted}))
+        memfilter.run([str(shards)], tmp_path / "out", Config.parse({"magnitude": wanted}))
+    assert not (tmp_path / "out").exists()
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert cause in message
@@ -173,28 +189,13 @@ def test_a_broken_list_is_refused_in_one_line_before_anything_is_read(
 # -- a run ------------------------------------------------------------------------------------------------------------
 
 
-CAPTIONS = [f"{'a dog ' * (i % 5)}on a mat, number {i}" for i in range(12)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pipeline(tmp_path_factory.mktemp("models") / "small")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "0.tar"
-    members = [m for i, c in enumerate(CAPTIONS) for m in sample(f"{i:03}", encoded(picture(i)), c)]
-    return write_tar(path, members)
-
-
 def config(model: Path, **magnitude: Any) -> Config:
     settings = {"model": str(model), "batch_size": 8, **magnitude}
     return Config.parse({"images": {"encoder": None}, "magnitude": settings, "output": {"shards": False}})
 
 
 def write_list(path: Path, memorized: list[str], others: list[str]) -> Path:
-    rows = [f"{c!r},{label}".replace("'", '"') for label, captions in ((1, memorized), (0, others)) for c in captions]
+    rows = [f'"{c}",{label}' for label, captions in ((1, memorized), (0, others)) for c in captions]
     path.write_text("\n".join(["caption,label", *rows]) + "\n")
     return path
 
@@ -227,12 +228,11 @@ def test_a_run_is_calibrated_by_a_labelled_list_and_tells_how_well(model: Path, 
 
     # other labels of the same captions need no model
     shutil.rmtree(folder)
-    write_list(labelled, memorized[:3], others[:5])
-    text = labelled.read_text()
     write_list(labelled, [*memorized, *others[:5]], others[5:])
     again = memfilter.rethreshold(tmp_path / "out", None, workers=1)
-    assert again.info["magnitude"]["calibration"]["others"] == 5
-    assert text != labelled.read_text()
+    calibration = again.info["magnitude"]["calibration"]
+    assert (calibration["memorized"], calibration["others"]) == (11, 5)
+    assert calibration["digest"] != found["digest"]
 
 
 def test_a_threshold_below_the_noise_floor_of_the_precision_is_refused(
