@@ -62,7 +62,7 @@ def bootstrap_interval(
     """Return the 95% percentile interval of a measure over 1,000 resamples, the same for the same seed.
 
     Each kind of caption is drawn anew from its own kind, so that a resample has as many of either.  Where all resamples
-    agree, as with scores that are set apart, the interval is a point, which says nothing of captions that are not there.
+    agree, as with scores that are set apart, the interval is a point, which says nothing of other captions.
     """
     random = np.random.default_rng(seed)
     values = [

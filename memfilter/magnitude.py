@@ -179,7 +179,7 @@ def score_captions(
     Those of `generalised` captions have a table of their own, so that the others stay as they are.
 
     Scoring goes through fixed chunks of distinct conditions in the order of their token ids; each finished chunk is a
-    file.  Raises ModelError, and ConfigError for a reference file that cannot be used.
+    file.  Raises ModelError, and ConfigError for a reference file or a labelled list that cannot be used.
     """
     settings = config.magnitude
     if model is None:
@@ -191,10 +191,9 @@ def score_captions(
         # loaded when a table is missing, once, whatever is missing
         return Scorer(load_denoiser(model, settings.dtype), settings.seeds, settings.batch_size)
 
-    def further(name: str, captions: pa.Array | pa.ChunkedArray) -> Floats:
+    def further(name: str, captions: pa.ChunkedArray) -> Floats:
         digest = digest_of([base, name, captions.to_pylist()])
-        chunked = captions if isinstance(captions, pa.ChunkedArray) else pa.chunked_array([captions])
-        table, _ = _table(chunked, digest, store.scores / f"{name}.parquet", scorer, progress)
+        table, _ = _table(captions, digest, store.scores / f"{name}.parquet", scorer, progress)
         magnitude: Floats = table["magnitude"].to_numpy()
         return magnitude
 
@@ -207,15 +206,19 @@ def score_captions(
     info["noise_floor"] = _noise_floor(model, info["dtype"], base, store, scorer)
     reference = further("reference", lines) if lines is not None else None
     if isinstance(wanted, LabelledRate) and labelled is not None:
-        found = further("labelled", pa.array(labelled.captions))
-        memorized, reference = found[labelled.is_memorized], found[~labelled.is_memorized]
-        info["calibration"] = {
-            "digest": file_digest(Path(wanted.labelled)),
-            **calibration.measures(memorized, reference),
-            **calibration.operating_point(memorized, reference, wanted.false_positive_rate),
-        }
+        found = further("labelled", pa.chunked_array([labelled.captions]))
+        reference = found[~labelled.is_memorized]
+        info["calibration"] = _calibration(wanted, found[labelled.is_memorized], reference)
     general = further("generalised", generalised) if generalised is not None else None
     return Scores(own["magnitude"].to_numpy(), own["magnitude_eps"].to_numpy(), reference, info, general)
+
+
+def _calibration(wanted: LabelledRate, memorized: Floats, others: Floats) -> dict[str, Any]:
+    return {
+        "digest": file_digest(Path(wanted.labelled)),
+        **calibration.measures(memorized, others),
+        **calibration.operating_point(memorized, others, wanted.false_positive_rate),
+    }
 
 
 def _noise_floor(model: ModelFiles, dtype: str, base: str, store: Store, scorer: Callable[[], Scorer]) -> float | None:
@@ -292,7 +295,7 @@ def _scores(ids: list[bytes], per_seed: Floats, scoring: Scoring) -> pa.Table:
     return pa.table([[token_digest(i) for i in ids], raw, scaled, list(per_seed)], schema=SCORES)
 
 
-def _reference(path: Path) -> pa.Array:
+def _reference(path: Path) -> pa.ChunkedArray:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as e:
@@ -300,7 +303,7 @@ def _reference(path: Path) -> pa.Array:
     lines = [line for line in lines if line]
     if not lines:
         raise ConfigError(f"{path}: holds no reference caption; give one a line")
-    return pa.array(lines)
+    return pa.chunked_array([lines])
 
 
 # -- the threshold ----------------------------------------------------------------------------------------------------

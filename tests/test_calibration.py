@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ from memfilter.precision import rounding_errors
 from memfilter.records import Floats
 from memfilter.store import file_digest
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import detect
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CAPTIONS = [f"{'a dog ' * (i % 5)}on a mat, number {i}" for i in range(12)]
@@ -56,7 +61,7 @@ some = st.lists(few_values | st.floats(0, 9, width=32), min_size=1, max_size=40)
 rates = st.integers(0, 99).map(lambda i: i / 100)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(memorized=some, others=some)
 def test_auc_is_the_share_of_all_pairs_in_order_with_ties_as_halves(memorized: Floats, others: Floats) -> None:
     points = [(a > b) + (a == b) / 2 for a in memorized for b in others]
@@ -64,7 +69,7 @@ def test_auc_is_the_share_of_all_pairs_in_order_with_ties_as_halves(memorized: F
     assert roc_auc(others, memorized) == pytest.approx(1 - np.mean(points), abs=1e-12)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(memorized=some, others=some, rate=rates)
 def test_tpr_is_the_largest_of_all_thresholds_whose_fpr_lies_below_the_rate(
     memorized: Floats, others: Floats, rate: float
@@ -83,7 +88,7 @@ def test_one_false_positive_of_a_hundred_is_not_below_one_percent() -> None:
     assert tpr_at_fpr(memorized, np.arange(-1, 100, dtype=np.float32)) == 1
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(memorized=some, others=some, rate=rates)
 def test_a_threshold_lets_pass_what_its_rate_allows_and_is_the_lowest_that_does(
     memorized: Floats, others: Floats, rate: float
@@ -217,6 +222,7 @@ def test_a_run_is_calibrated_by_a_labelled_list_and_tells_how_well(model: Path, 
         **operating_point(high, low, 0.2),
     }
     assert found["false_positives"] == 2
+    assert manifest.info["magnitude"]["noise_floor"] is None
     assert manifest.info["threshold"] == found["threshold"]
     assert manifest.info["config"]["magnitude"]["threshold"] == {**wanted, "labelled": "list.csv"}
     rows = manifest.table(["key", "action"]).to_pylist()
@@ -248,8 +254,6 @@ def test_a_threshold_below_the_noise_floor_of_the_precision_is_refused(
     assert over.info["magnitude"]["noise_floor"] == pytest.approx(floor)
     assert f"; noise floor of bfloat16 {floor:.2g}; " in "\n".join(memfilter.summary.lines(over.info, "out"))
     assert "scores/noise_floor.parquet" in over.info["files"]
-    whole = memfilter.run([str(shards)], out, config(model, dtype="float32", threshold=floor * 0.9), workers=1)
-    assert whole.info["magnitude"]["noise_floor"] is None
 
 
 def test_the_rounding_error_bounds_how_far_a_magnitude_is_off(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,3 +265,45 @@ def test_the_rounding_error_bounds_how_far_a_magnitude_is_off(model: Path, monke
     off = np.abs(Scorer(small, batch_size=8).score(captions) - Scorer(exact, batch_size=8).score(captions))[:, 0]
     assert (off <= errors * 1.01).all()
     assert not rounding_errors(exact, exact, STEPS).any()
+
+
+# -- the benchmark ----------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_is_evaluated_on_what_was_seen_often_once_and_never() -> None:
+    prompts = detect.demo_prompts()
+    assert [len(kind) for kind in prompts.memorized.values()] == [40]
+    assert [len(kind) for kind in prompts.others.values()] == [40, 800, 400]
+    everything = [c for kinds in (prompts.memorized, prompts.others) for kind in kinds.values() for c in kind]
+    assert len(set(everything)) == 40 + 40 + 800 + 400
+    assert all(c.endswith(tuple("0123456789")) for c in prompts.others["specific, never seen"])
+
+
+def test_any_model_is_evaluated_on_two_files_by_type(model: Path, tmp_path: Path) -> None:
+    one, other = tmp_path / "memorized.csv", tmp_path / "unmemorized.csv"
+    one.write_text(';Caption;type;max_sscd\n0;"a ""dog""; twice";VM;0.9\n1;the van gogh cafe;TM;0.1\n2;a cat;TM;0.2\n')
+    other.write_text(";Caption;URL\n0;number 1;x\n1;number 2, on a mat;y\n")
+    prompts = detect.read_prompts(one, other)
+    assert prompts.memorized == {
+        "VM": ['a "dog"; twice'],
+        "TM": ["the van gogh cafe", "a cat"],
+        "all": ['a "dog"; twice', "the van gogh cafe", "a cat"],
+    }
+    assert prompts.others == {"unmemorized": ["number 1", "number 2, on a mat"]}
+    found: Any = detect.evaluate(str(model), prompts, "float32", 4, 1)
+    assert found["largest_relative_difference_from_two_pass"] < 1e-5
+    for seeds in ("1", "4"):
+        scorer = Scorer.load(str(model), seeds=int(seeds), batch_size=4)
+        low = scorer.score(prompts.others["unmemorized"]).mean(1)
+        rows = found["seeds"][seeds]["measures"]
+        assert [(row["kind"], row["against"]) for row in rows] == [(k, "unmemorized") for k in ("VM", "TM", "all")]
+        for row in rows:
+            high = scorer.score(prompts.memorized[row["kind"]]).mean(1)
+            assert {"kind": row["kind"], "against": "unmemorized", **measures(high, low)} == row
+
+
+def test_the_shared_prompts_are_read_whole_and_by_type(shared_data: Path) -> None:
+    files = (shared_data / "captions" / f"sd1_{kind}_prompts.csv" for kind in ("memorized", "unmemorized"))
+    prompts = detect.read_prompts(*files)
+    assert {kind: len(captions) for kind, captions in prompts.memorized.items()} == {"VM": 112, "TM": 388, "all": 500}
+    assert len(set(prompts.others["unmemorized"])) == 500
