@@ -142,6 +142,13 @@ class FalsePositiveRate(_Section):
     reference: str
 
 
+class LabelledRate(_Section):
+    """Mask what scores higher than all but this share of the captions that a CSV labels as not memorized."""
+
+    false_positive_rate: Annotated[float, Field(ge=0, lt=1)]
+    labelled: str
+
+
 class Magnitude(_Section):
     """The text-conditional prediction magnitude and its threshold."""
 
@@ -150,7 +157,9 @@ class Magnitude(_Section):
     seeds: Annotated[int, Field(ge=1)] = 1
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     batch_size: Annotated[int, Field(ge=1)] = 64
-    threshold: Quantile | FalsePositiveRate | Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    threshold: (
+        Quantile | FalsePositiveRate | LabelledRate | Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+    ) = None
 
 
 class Generality(_Section):
@@ -264,7 +273,10 @@ def _first_cause(error: ValidationError) -> str:
     cause = next((c for c in causes if c["type"] == "extra_forbidden" and len(c["loc"]) <= 2), causes[0])
     where = [str(p) for p in cause["loc"]]
     if where[:2] == ["magnitude", "threshold"]:  # one of several forms, each with a complaint of its own
-        forms = "a number >= 0, {quantile: Q} or {false_positive_rate: R, reference: FILE}, Q and R from 0 to below 1"
+        forms = (
+            "a number >= 0, {quantile: Q}, {false_positive_rate: R, reference: FILE} or {false_positive_rate: R, "
+            "labelled: FILE.csv}, Q and R from 0 to below 1"
+        )
         return f"magnitude.threshold = {cause['input']!r}: {cause['msg']}; it is {forms}"
     if where[:2] == ["images", "keep"] and len(where) > 2:  # likewise: the deepest complaint is of the form meant
         cause = max(causes, key=lambda c: len(c["loc"]))

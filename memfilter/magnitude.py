@@ -13,7 +13,6 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from .config import Config, FalsePositiveRate, Quantile, digest_of
+from . import calibration
+from .config import Config, FalsePositiveRate, LabelledRate, Quantile, digest_of
 from .denoisers import Condition, Denoiser, ModelFiles, find_model, load_denoiser, token_digest
-from .errors import ConfigError, ModelError
-from .records import SCORES, Floats, Ints, Scores
-from .store import Store, done, read_note, read_table, write_table
+from .errors import ConfigError, ModelError, in_one_line
+from .precision import rounding_errors
+from .records import ROUNDING, SCORES, Floats, Ints, Scores
+from .store import Store, done, file_digest, read_note, read_table, write_table
 
 if TYPE_CHECKING:
     import torch
@@ -178,7 +179,7 @@ def score_captions(
     Those of `generalised` captions have a table of their own, so that the others stay as they are.
 
     Scoring goes through fixed chunks of distinct conditions in the order of their token ids; each finished chunk is a
-    file.  Raises ModelError, and ConfigError for a reference file that cannot be used.
+    file.  Raises ModelError, and ConfigError for a reference file or a labelled list that cannot be used.
     """
     settings = config.magnitude
     if model is None:
@@ -190,22 +191,52 @@ def score_captions(
         # loaded when a table is missing, once, whatever is missing
         return Scorer(load_denoiser(model, settings.dtype), settings.seeds, settings.batch_size)
 
+    def further(name: str, captions: pa.ChunkedArray) -> Floats:
+        digest = digest_of([base, name, captions.to_pylist()])
+        table, _ = _table(captions, digest, store.scores / f"{name}.parquet", scorer, progress)
+        magnitude: Floats = table["magnitude"].to_numpy()
+        return magnitude
+
     wanted = settings.threshold
     lines = _reference(Path(wanted.reference)) if isinstance(wanted, FalsePositiveRate) else None
+    labelled = calibration.read_labelled(Path(wanted.labelled)) if isinstance(wanted, LabelledRate) else None
     digest = digest_of([base, captions_digest])
     own, info = _table(texts, digest, store.scores / "captions.parquet", scorer, progress)
-    reference = None
-    if lines is not None:
-        digest = digest_of([base, "reference", lines.to_pylist()])
-        table, _ = _table(pa.chunked_array([lines]), digest, store.scores / "reference.parquet", scorer, progress)
-        reference = table["magnitude"].to_numpy()
-    general = None
-    if generalised is not None:
-        digest = digest_of([base, "generalised", generalised.to_pylist()])
-        table, _ = _table(generalised, digest, store.scores / "generalised.parquet", scorer, progress)
-        general = table["magnitude"].to_numpy()
     info = {"model": model.name, "files": model.files, **info}
+    info["noise_floor"] = _noise_floor(model, info["dtype"], base, store, scorer)
+    reference = further("reference", lines) if lines is not None else None
+    if isinstance(wanted, LabelledRate) and labelled is not None:
+        found = further("labelled", pa.chunked_array([labelled.captions]))
+        reference = found[~labelled.is_memorized]
+        info["calibration"] = _calibration(wanted, found[labelled.is_memorized], reference)
+    general = further("generalised", generalised) if generalised is not None else None
     return Scores(own["magnitude"].to_numpy(), own["magnitude_eps"].to_numpy(), reference, info, general)
+
+
+def _calibration(wanted: LabelledRate, memorized: Floats, others: Floats) -> dict[str, Any]:
+    return {
+        "digest": file_digest(Path(wanted.labelled)),
+        **calibration.measures(memorized, others),
+        **calibration.operating_point(memorized, others, wanted.false_positive_rate),
+    }
+
+
+def _noise_floor(model: ModelFiles, dtype: str, base: str, store: Store, scorer: Callable[[], Scorer]) -> float | None:
+    """Return what rounding may do to a magnitude, measured now or before; None for float32, or where it cannot be."""
+    if dtype == "float32":
+        return None
+    path, digest = store.scores / "noise_floor.parquet", digest_of([base, "noise floor"])
+    if not done(path, digest):
+        import torch
+
+        try:
+            errors = rounding_errors(scorer().denoiser, load_denoiser(model, "float32"), STEPS)
+        except (ModelError, torch.cuda.OutOfMemoryError) as e:
+            # the scores are there, and stay good without it
+            log.warning("the noise floor of %s is unknown: the model in float32: %s", dtype, in_one_line(e))
+            return None
+        write_table(path, pa.table([errors], schema=ROUNDING), digest)
+    return float(read_table(path)["error"].to_numpy().max())
 
 
 def _numbers(config: Config) -> str:
@@ -264,7 +295,7 @@ def _scores(ids: list[bytes], per_seed: Floats, scoring: Scoring) -> pa.Table:
     return pa.table([[token_digest(i) for i in ids], raw, scaled, list(per_seed)], schema=SCORES)
 
 
-def _reference(path: Path) -> pa.Array:
+def _reference(path: Path) -> pa.ChunkedArray:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as e:
@@ -272,27 +303,41 @@ def _reference(path: Path) -> pa.Array:
     lines = [line for line in lines if line]
     if not lines:
         raise ConfigError(f"{path}: holds no reference caption; give one a line")
-    return pa.array(lines)
+    return pa.chunked_array([lines])
 
 
 # -- the threshold ----------------------------------------------------------------------------------------------------
 
 
 def check_threshold(config: Config) -> None:
-    """Raise ConfigError when the threshold cannot be had: no model to score with, or no reference captions."""
+    """Raise ConfigError when the threshold cannot be had: no model to score with, or no captions to take it from."""
     wanted = config.magnitude.threshold
     if wanted is not None and config.magnitude.model is None:
         raise ConfigError("magnitude.threshold is given and no model to score with; give --model or magnitude.model")
     if isinstance(wanted, FalsePositiveRate):
         _reference(Path(wanted.reference))
+    elif isinstance(wanted, LabelledRate):
+        calibration.read_labelled(Path(wanted.labelled))
 
 
 def threshold(config: Config, scores: Scores | None, samples: Ints) -> float | None:
     """Return the magnitude at or above which a sample counts as memorized; None when none was asked for.
 
     `samples` holds the caption of each good sample, of whose magnitudes a quantile is taken.  For a false-positive
-    rate it is the lowest value that at most that share of the reference captions reach.
+    rate it is the lowest value that at most that share of the reference captions, or of those labelled 0, reach.
+    Raises ConfigError for one below the noise floor of the precision.
     """
+    limit = _limit(config, scores, samples)
+    floor = scores.info.get("noise_floor") if scores else None
+    if scores and limit is not None and floor is not None and limit < floor:
+        raise ConfigError(
+            f"magnitude.threshold comes to {limit:.4g}, below the noise floor of {scores.info['dtype']}, {floor:.4g}, "
+            "which rounding alone may reach; give a higher one, or set magnitude.dtype: float32"
+        )
+    return limit
+
+
+def _limit(config: Config, scores: Scores | None, samples: Ints) -> float | None:
     wanted = config.magnitude.threshold
     if wanted is None or scores is None:
         return None
@@ -302,7 +347,4 @@ def threshold(config: Config, scores: Scores | None, samples: Ints) -> float | N
         own = scores.magnitude[samples]
         return float(np.quantile(own, wanted.quantile, method="higher")) if len(own) else None
     assert scores.reference is not None
-    highest = np.sort(scores.reference)[::-1]
-    # of the share as it was written: in floats 0.29 * 100 < 29
-    allowed = int(Fraction(str(wanted.false_positive_rate)) * len(highest))
-    return float(np.nextafter(highest[allowed], np.float32(np.inf)))
+    return calibration.threshold_at_fpr(scores.reference, wanted.false_positive_rate)

@@ -97,8 +97,10 @@ def _files(store: Store, samples: Samples, about: dict[str, Any]) -> dict[str, s
         paths.append(store.edges / "caption.parquet")
     if about["magnitude"] is not None:
         paths.append(store.scores / "captions.parquet")
-        if isinstance(config["magnitude"]["threshold"], dict) and "reference" in config["magnitude"]["threshold"]:
-            paths.append(store.scores / "reference.parquet")
+        wanted = config["magnitude"]["threshold"] if isinstance(config["magnitude"]["threshold"], dict) else {}
+        paths += [store.scores / f"{name}.parquet" for name in ("reference", "labelled") if name in wanted]
+        if about["magnitude"]["noise_floor"] is not None:
+            paths.append(store.scores / "noise_floor.parquet")
     if about["generality"] is not None:
         paths.append(store.generality / "captions.parquet")
     if about["generalised"] is not None:

@@ -276,8 +276,8 @@ def _about(
     dump["generality"]["tagger"] = public_tagger(config.generality.tagger)
     del dump["generality"]["wordnet"]  # where it lies; what it holds stands in `generality`
     del dump["generalise"]  # what was rewritten, and by what, stands in `generalised`
-    if isinstance(dump["magnitude"]["threshold"], dict) and "reference" in dump["magnitude"]["threshold"]:
-        dump["magnitude"]["threshold"]["reference"] = Path(dump["magnitude"]["threshold"]["reference"]).name
+    if isinstance(wanted := dump["magnitude"]["threshold"], dict):
+        wanted.update((key, Path(wanted[key]).name) for key in ("reference", "labelled") if key in wanted)
     shards = []
     for shard, start, end in zip(samples.shards, samples.first, samples.first[1:], strict=False):
         counts = np.bincount(decisions.action[start:end], minlength=len(ACTIONS)).tolist()

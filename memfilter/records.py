@@ -100,6 +100,9 @@ SCORES = pa.schema(
     ]
 )
 
+ROUNDING = pa.schema([pa.field("error", pa.float32(), nullable=False)])
+"""How far a precision below float32 moves the predictions for a few captions."""
+
 GENERALISED = pa.schema(
     [
         pa.field("text", pa.large_string(), nullable=False),  # a flagged caption, distinct and sorted

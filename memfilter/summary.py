@@ -218,10 +218,25 @@ def _magnitude(info: dict[str, Any], out: str) -> str:
     quantiles = info["found"]["magnitude_quantiles"]
     spread = ", ".join(f"{float(q):.1%} {value:.4g}" for q, value in quantiles.items())
     text = f"magnitude {scoring['conditions']:,} distinct captions scored; quantiles {spread}"
+    if scoring["noise_floor"] is not None:
+        text += f"; noise floor of {scoring['dtype']} {scoring['noise_floor']:.2g}"
     if info["threshold"] is not None:
-        return f"{text}; {info['found']['reasons']['magnitude']:,} samples at or above {info['threshold']:.4g}"
+        text += f"; {info['found']['reasons']['magnitude']:,} samples at or above {info['threshold']:.4g}"
+        return text + (calibration_text(scoring["calibration"]) if "calibration" in scoring else "")
     return (
         f"{text}; nothing masked: no threshold.  Choose one, a value or {{quantile: 0.99}} or {{false_positive_rate: "
         f"0.01, reference: captions.txt}}, as magnitude.threshold in a YAML file, then: "
         f"memfilter rethreshold {out} --config FILE"
+    )
+
+
+def calibration_text(found: dict[str, Any]) -> str:
+    """Return how well the magnitude tells the captions of a labelled list apart, as the end of a line."""
+    figures = [
+        f"{name} {found[key]:.3f} ({found[key + '_interval'][0]:.3f}-{found[key + '_interval'][1]:.3f})"
+        for name, key in (("AUC", "auc"), ("TPR@1%FPR", "tpr_at_1_fpr"))
+    ]
+    return (
+        f"; of the labelled captions {found['found']:,} of {found['memorized']:,} memorized and "
+        f"{found['false_positives']:,} of {found['others']:,} others are, {', '.join(figures)}"
     )

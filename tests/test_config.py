@@ -193,6 +193,7 @@ def test_the_defaults_written_as_yaml_are_read_back(tmp_path: Path) -> None:
         "{quantile: 0.99}",
         "{false_positive_rate: 0, reference: captions.txt}",
         "{false_positive_rate: 0.01, reference: captions.txt}",
+        "{false_positive_rate: 0.01, labelled: captions.csv}",
     ],
 )
 def test_a_threshold_is_a_number_a_quantile_or_a_false_positive_rate(value: str, tmp_path: Path) -> None:
