@@ -248,6 +248,25 @@ def speed(captions: list[str]) -> dict[str, Any]:
     }
 
 
+def boilerplate() -> list[dict[str, Any]]:
+    """Return what captions cost that are alike but not near: three made-up words before one frame."""
+    draw = random.Random(1)
+
+    def word() -> str:
+        return "".join(draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(3))
+
+    frame = "royalty free stock photo, picture and image download in high resolution"
+    found = []
+    for count in (2000, 4000, 8000):
+        captions = [f"{word()} {word()} {word()} {frame}" for _ in range(count)]
+        texts, normal, template = ordered(captions, True)
+        seconds, joined = timed(lambda n=normal, t=template: caption_join(n, t, JACCARD, NO_EDGES, threads=2))
+        keepers = int((joined.keeper == np.arange(len(texts))).sum())
+        found.append({"captions": count, "seconds": round(seconds, 2), "keepers": keepers})
+        found[-1]["crowded"] = int(joined.crowded.sum())
+    return found
+
+
 def one_size(data: Path, count: int) -> None:
     """Group so many captions and print seconds and peak memory; the parent reads it."""
     captions = perturbed(read_captions(data), count)
@@ -289,6 +308,7 @@ def main() -> None:
         "near_jaccard": JACCARD,
         "speed": speed(captions),
         "quality": quality(captions),
+        "captions of one boilerplate": boilerplate(),
         "growth": growth(arguments.data, arguments.most),
     }
     write_result(result, arguments.json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,7 +111,7 @@ def _kind_of(folder: Path) -> str:
     """Return which library saved a folder, as its files tell."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; save a model there, or fetch one with 'hf download'")
-    config = _read_config(folder / "config.json") if (folder / "config.json").is_file() else None
+    config = weights.read_config(folder / "config.json") if (folder / "config.json").is_file() else None
     if config is not None and (config.get("model_type") == "model2vec" or _has_model2vec_tensors(folder)):
         return "model2vec"
     if (folder / "modules.json").is_file() or (folder / "config_sentence_transformers.json").is_file():
@@ -132,13 +131,3 @@ def _has_model2vec_tensors(folder: Path) -> bool:
             return "embeddings" in file.keys()  # noqa: SIM118
     except (OSError, SafetensorError) as e:
         raise ModelError(f"{folder / 'model.safetensors'}: damaged: {e}; save or fetch it again") from e
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{path}: cannot be read: {e}") from e
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: holds a {type(config).__name__}, not settings by name")
-    return config

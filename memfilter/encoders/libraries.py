@@ -6,7 +6,6 @@ The libraries make the networks; which file of weights they read is settled here
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -105,7 +104,7 @@ def _alternatives(name: str) -> tuple[str, ...]:
 
 
 def _timm_folder(folder: Path, file: Path) -> Recipe:
-    config = _read_config(folder / _TIMM_CONFIG)
+    config = weights.read_config(folder / _TIMM_CONFIG)
     settings = config.get("pretrained_cfg", config)
     architecture = config.get("architecture")
     if not isinstance(architecture, str) or not isinstance(settings, dict):
@@ -158,7 +157,7 @@ def _timm_recipe(
 
 def _open_clip_folder(folder: Path, file: Path) -> Recipe:
     open_clip = _library("open_clip", "open_clip_torch")
-    config = _read_config(folder / _OPEN_CLIP_CONFIG)
+    config = weights.read_config(folder / _OPEN_CLIP_CONFIG)
     model = config.get("model_cfg")
     if not isinstance(model, dict) or not isinstance(model.get("vision_cfg"), dict):
         raise ModelError(f"{folder / _OPEN_CLIP_CONFIG}: has no model_cfg with a vision_cfg: not a model of open_clip")
@@ -239,13 +238,3 @@ def _library(module: str, package: str) -> Any:
             f"images.encoder needs {package}, which cannot be imported ({e}); install it with "
             "pip install 'memfilter[encoders]'"
         ) from e
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{path}: cannot be read: {e}") from e
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: holds a {type(config).__name__}, not settings by name")
-    return config

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from ..errors import ModelError, in_one_line
@@ -63,6 +64,17 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ModelError(f"{path}: holds a {type(tensors).__name__}, not tensors by name")
     return tensors
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the settings in a JSON file; raises ModelError where it holds none."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{path}: cannot be read: {e}") from e
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: holds a {type(config).__name__}, not settings by name")
+    return config
 
 
 def first_of(folder: Path, names: tuple[str, ...]) -> Path:
