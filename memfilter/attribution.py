@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .config import GUIDANCE, STEPS
 from .denoisers import Condition, Denoiser, Diffusion, Token, find_model, load_denoiser
 from .errors import ConfigError, ModelError
-from .magnitude import STEPS
 from .manifest import Manifest
 from .store import Store, read_table
 from .summary import printable
@@ -28,7 +28,6 @@ from .summary import printable
 if TYPE_CHECKING:
     import torch
 
-GUIDANCE = 7.5
 _WIDTH = 30  # of the longest bar
 
 

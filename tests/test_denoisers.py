@@ -18,7 +18,8 @@ from pipelines import FAMILIES, LATENT_SIDE, write_family
 
 from memfilter import Config, ModelError
 from memfilter.denoisers import Condition, find_model, load_denoiser
-from memfilter.magnitude import Scorer, score_captions
+from memfilter.magnitude import Scorer
+from memfilter.scores import score_captions
 from memfilter.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -234,8 +235,8 @@ class Own:
 
 def test_a_denoiser_of_ones_own_is_scored_like_any_other() -> None:
     own = Scorer(Own(), batch_size=2)
-    np.testing.assert_allclose(own.score(["four", "", "sixsix"])[:, 0], [8, 0, 12], rtol=1e-6)
-    assert (own.scoring.timestep, own.scoring.denoiser["family"]) == (950, "Own")
+    np.testing.assert_allclose(own.score(["four", "", "sixsix"])[:, 0, 0], [8, 0, 12], rtol=1e-6)
+    assert (own.scoring.timesteps, own.scoring.denoiser["family"]) == ((950,), "Own")
 
 
 @pytest.fixture(scope="session")

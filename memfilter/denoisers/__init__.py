@@ -7,7 +7,7 @@ nothing is unpickled and no remote code is run.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class ModelFiles:
 
     spec: str
     name: str
-    files: dict[str, str]
+    files: dict[str, str] = field(hash=False)
 
 
 def find_model(spec: str) -> ModelFiles:
@@ -113,21 +113,21 @@ def _family(index: Index) -> Any:
     return family
 
 
-def load_denoiser(model: ModelFiles, dtype: str) -> Denoiser:
-    """Return the pipeline's denoiser on the GPU if there is one, else on the CPU, in evaluation mode.
+def load_denoiser(model: ModelFiles, dtype: str, device: str | None = None) -> Denoiser:
+    """Return the pipeline's denoiser on a device, by default the GPU if there is one, else the CPU, for evaluation.
 
     `auto` is float16 on a GPU and float32 on a CPU.  Raises ModelError for a pipeline that cannot be loaded whole or is
     of a family that has no adapter.
     """
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind = {"auto": "float16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = {"auto": "float16" if place.type == "cuda" else "float32"}.get(dtype, dtype)
     folder = _folder(model.spec)
     try:
         with quiet():
             index = read_index(folder)
-            denoiser: Denoiser = _family(index)(folder, index, device, getattr(torch, kind))
+            denoiser: Denoiser = _family(index)(folder, index, place, getattr(torch, kind))
             return denoiser
     except ModelError as e:
         raise ModelError(f"{model.spec}: {e}") from e
