@@ -303,7 +303,7 @@ def warm_scorer(model: ModelFiles, settings: Magnitude, device: str) -> Scorer:
 def _warm(model: ModelFiles, settings: Magnitude, device: str) -> Scorer:
     denoiser = load_denoiser(model, settings.dtype, device)
     if settings.compile:
-        denoiser.compile()
+        denoiser.compile()  # type: ignore[attr-defined]
     return Scorer(
         denoiser,
         settings.seeds,

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import ModelError
 from ..store import file_digest
-from .base import Condition, Denoiser, Diffusion, Index, Token, has, quiet, read_index, silent
+from .base import Condition, Denoiser, Diffusion, Flow, Index, Source, Token, has, quiet, read_index, silent
 from .flux import Flux
 from .lumina2 import Lumina2
 from .pixart import PixArt
@@ -26,6 +26,7 @@ __all__ = [
     "Condition",
     "Denoiser",
     "Diffusion",
+    "Flow",
     "ModelFiles",
     "Token",
     "find_model",
@@ -59,10 +60,11 @@ class ModelFiles:
     files: dict[str, str] = field(hash=False)
 
 
-def find_model(spec: str) -> ModelFiles:
+def find_model(spec: str, images: bool = False) -> ModelFiles:
     """Return the files of the pipeline in a folder, or of a hub id, fetched if need be.
 
-    Raises ModelError when there is no diffusers pipeline under that name, or one that cannot be scored.
+    The autoencoder's weights are among them only where scores rest on `images`.  Raises ModelError when there is no
+    diffusers pipeline under that name, or one that cannot be scored.
     """
     path = _folder(spec)
     if not (path / "model_index.json").is_file():
@@ -72,10 +74,13 @@ def find_model(spec: str) -> ModelFiles:
         family = _family(index)
     except ModelError as e:
         raise ModelError(f"{spec}: {e}") from e
-    places = [path / part for part in family.parts if part not in family.optional or has(index, part)]
+    parts = [*family.parts, "vae"] if images and has(index, "vae") else family.parts
+    places = [path / part for part in parts if part not in family.optional or has(index, part)]
     folders = [place for place in places if not place.suffix]
     if missing := [place.name for place in folders if not place.is_dir()]:
         raise ModelError(f"{spec}: has no {', '.join(missing)} folder: not a whole {index['_class_name']}")
+    if "vae" in parts and not any((path / "vae").glob("*.safetensors")):
+        raise ModelError(f"{spec}: vae holds no safetensors file; save or fetch it again")
     within = [p for folder in folders for p in folder.rglob("*") if p.suffix in _SUFFIXES]
     files = sorted(p for p in {*within, *places} if p.is_file())
     name = path.resolve().name if Path(spec).is_dir() else spec
@@ -127,7 +132,7 @@ def load_denoiser(model: ModelFiles, dtype: str, device: str | None = None) -> D
     try:
         with quiet():
             index = read_index(folder)
-            denoiser: Denoiser = _family(index)(folder, index, place, getattr(torch, kind))
+            denoiser: Denoiser = _family(index)(Source(folder, index), place, getattr(torch, kind))
             return denoiser
     except ModelError as e:
         raise ModelError(f"{model.spec}: {e}") from e
