@@ -146,15 +146,17 @@ class Scorer:
     # -- batches --
 
     def _take_batches_of(self, size: int) -> None:
+        """Compute the unconditional in a full batch, so that it takes the path through the kernels that captions do."""
         import torch
 
         self.batch_size = size
-        with torch.inference_mode():
-            # in a full batch, so that it takes the same path through the kernels as the captions do
-            self.nothing = self.denoiser.unconditional(size)
-            self.unconditional = []
-            if self.scoring.mode != "pair":
-                self.unconditional = [self._predict(x, self.scoring.timesteps[0], self.nothing)[:1] for x in self.noise]
+        try:
+            with torch.inference_mode():
+                self.nothing, self.unconditional = self.denoiser.unconditional(size), []
+                for x in self.noise if self.scoring.mode != "pair" else ():
+                    self.unconditional.append(self._predict(x, self.scoring.timesteps[0], self.nothing)[:1])
+        except torch.cuda.OutOfMemoryError as e:
+            self._halve(e)
 
     def _in_batches(self, count: int, measure: Callable[[slice], torch.Tensor]) -> Floats:
         """Return what `measure` gives (B, seeds, timesteps) of every batch of rows, on the CPU."""
@@ -183,11 +185,10 @@ class Scorer:
 
         if self.batch_size == 1:
             raise ModelError("out of memory with a single caption; take a GPU with more, or a smaller dtype") from error
-        size = self.batch_size // 2
-        log.warning("out of memory with %d captions; going on with %d at a time", self.batch_size, size)
+        log.warning("out of memory with %d captions; going on with half of them at a time", self.batch_size)
         self.nothing, self.unconditional = self.nothing[:1], []
         torch.cuda.empty_cache()
-        self._take_batches_of(size)
+        self._take_batches_of(self.batch_size // 2)
 
     def _encode(self, captions: list[str]) -> Condition:
         # a short batch is filled up, so that every batch takes the same path through the kernels
