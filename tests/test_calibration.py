@@ -213,7 +213,7 @@ def test_a_run_is_calibrated_by_a_labelled_list_and_tells_how_well(model: Path, 
     wanted = {"false_positive_rate": 0.2, "labelled": str(labelled)}
     manifest = memfilter.run([str(shards)], tmp_path / "out", config(folder, threshold=wanted), workers=1)
     scorer = Scorer.load(str(model), batch_size=8)
-    own, low, high = (scorer.score(captions)[:, 0] for captions in (CAPTIONS, others, memorized))
+    own, low, high = (scorer.score(captions)[:, 0, 0] for captions in (CAPTIONS, others, memorized))
 
     found = manifest.info["magnitude"]["calibration"]
     assert found == {
@@ -294,11 +294,11 @@ def test_any_model_is_evaluated_on_two_files_by_type(model: Path, tmp_path: Path
     assert found["largest_relative_difference_from_two_pass"] < 1e-5
     for seeds in ("1", "4"):
         scorer = Scorer.load(str(model), seeds=int(seeds), batch_size=4)
-        low = scorer.score(prompts.others["unmemorized"]).mean(1)
+        low = scorer.score(prompts.others["unmemorized"]).mean((1, 2))
         rows = found["seeds"][seeds]["measures"]
         assert [(row["kind"], row["against"]) for row in rows] == [(k, "unmemorized") for k in ("VM", "TM", "all")]
         for row in rows:
-            high = scorer.score(prompts.memorized[row["kind"]]).mean(1)
+            high = scorer.score(prompts.memorized[row["kind"]]).mean((1, 2))
             assert {"kind": row["kind"], "against": "unmemorized", **measures(high, low)} == row
 
 
