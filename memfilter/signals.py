@@ -3,8 +3,9 @@
 Attention entropy is that of Ren et al. 2024, *Unveiling and Mitigating Memorization in Text-to-image Diffusion Models
 through Cross Attention*; anisotropy of Asthana & Belagiannis 2026, *Detecting and Mitigating Memorization in Diffusion
 Models through Anisotropy of the Log-Probability*; sharpness of Jeon et al. 2025, *Understanding and Mitigating
-Memorization in Generative Models via Sharpness of Probability Landscapes*.  Each is one number a caption and noise, and
-higher means memorized.  Notation: d = e(x, t, caption) - e(x, t, unconditional), the raw predictions' difference.
+Memorization in Generative Models via Sharpness of Probability Landscapes*.  Each is one number a caption and noise.
+Higher means memorized; of the entropy this is what the paper found of Stable Diffusion, and not so of every model.
+Notation: d = e(x, t, caption) - e(x, t, unconditional), the raw predictions' difference.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def attention_entropy(denoiser: Denoiser) -> Iterator[Callable[[], torch.Tensor]
 
     The entropy, in nats, of the mean over heads and queries of one layer's cross-attention probabilities, over all
     token positions, start and padding included; what the model masks has probability 0.  With a mask (PixArt, Sana) a
-    longer caption thus has a greater entropy to have.  The layer is `entropy_layer`'s.
+    longer caption thus has a greater entropy to have.  The layer is `entropy_layer`'s.  Which way memorized captions
+    deviate is the model's: upwards in the paper's Stable Diffusion 1 and 2, downwards in this package's demo.  Take a
+    threshold and its direction from labelled captions.
 
     The predictions stay as they are to the bit, and the denoiser as it was when the context ends, by an exception as
     well.  Raises ModelError where there is no cross-attention, and, by the function, before a prediction was seen: a
@@ -99,7 +102,8 @@ def _mean_probabilities(layer: Any, query: torch.Tensor, key: torch.Tensor, bias
     import torch
 
     query, key = (
-        part if part.ndim == 4 else part.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for part in (query, key)
+        part if part.ndim == 4 else part.reshape(*part.shape[:2], layer.heads, -1).transpose(1, 2)
+        for part in (query, key)
     )
     rows = []
     for i in range(len(query)):  # a caption at a time: those of a batch would take gigabytes
@@ -139,17 +143,22 @@ def late_timestep(denoiser: Denoiser) -> int:
     return min(zip(timesteps, ratios, strict=True), key=lambda pair: abs(pair[1] - _LATE))[0]
 
 
-def anisotropy_weights(prediction_type: str, eps_factor: float) -> tuple[float, float]:
+def anisotropy_weights(
+    prediction_type: str, eps_factor: float, latent_shape: tuple[int, int, int]
+) -> tuple[float, float]:
     """Return (g1, g2) for the raw magnitude and the cosine, given the first timestep's `magnitude.eps_factor`.
 
-    (1, 2) for noise predictions, which are the paper's for Stable Diffusion 1.  Its (1, 0.1) for Stable Diffusion 2 and
-    its v-predictions are for a magnitude on the scale of noise: (eps_factor, 0.1) for raw ones.  Others follow it, and
-    where that scale says nothing, at a flow's first timestep, (1, 1.3) has the proportions that it has there, 0.076 to
-    0.1.  The weights are tuned to the model and to its latents' size: compare such scores within one model alone.
+    For noise predictions the paper's of Stable Diffusion 1, (1, 2) at its 4 x 64 x 64 latents.  For the others its
+    (1, 0.1) of Stable Diffusion 2, v-predictions at 4 x 96 x 96, which are for a magnitude on the scale of noise:
+    (eps_factor, 0.1) for the raw one.  Where that scale says nothing, at a flow's first timestep, the magnitude keeps
+    the weight that it has there, 0.076.  As a norm grows with the root of the latents' size and a cosine does not, g1
+    shrinks with it.  The weights are tuned to a model: compare such scores within one alone.
     """
+    size = math.prod(latent_shape)
     if prediction_type == "epsilon":
-        return 1.0, 2.0
-    return (eps_factor, 0.1) if eps_factor >= _LOWEST_FACTOR else (1.0, 1.3)
+        return math.sqrt(4 * 64 * 64 / size), 2.0
+    factor = eps_factor if eps_factor >= _LOWEST_FACTOR else 0.076
+    return factor * math.sqrt(4 * 96 * 96 / size), 0.1
 
 
 # -- sharpness --------------------------------------------------------------------------------------------------------
@@ -201,7 +210,7 @@ def _derivative(
 
     wide = torch.promote_types(x.dtype, torch.float32)
     # along a unit of the latents' own size, which half precision can hold
-    size = along.to(wide).flatten(1).norm(dim=1).clamp(min=1e-12) / along[0].numel() ** 0.5
+    size = along.to(wide).flatten(1).norm(dim=1).clamp(min=1e-12) / math.sqrt(along[0].numel())
     size = size[:, None, None, None]
 
     def d(x: torch.Tensor) -> torch.Tensor:
@@ -213,7 +222,8 @@ def _derivative(
     except NotImplementedError as e:
         cause = " ".join(str(e).split())[:200]
         raise ModelError(f"sharpness: {type(denoiser).__name__} cannot be differentiated forward: {cause}") from e
-    return (tangent * size).float()
+    derivative: torch.Tensor = (tangent * size).float()
+    return derivative
 
 
 def _score_scale(denoiser: Denoiser, timestep: int) -> float:
