@@ -165,6 +165,10 @@ class Magnitude(_Section):
     """The text-conditional prediction magnitude and its threshold."""
 
     model: str | None = None
+    denoiser: str | None = None  # a folder with a fine-tuned UNet or transformer, in place of the model's own
+    lora: str | None = None  # a safetensors file, or a folder with one
+    lora_scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    single_file_config: str | None = None  # of a model in one file, a pipeline's folder or hub id
     mode: Literal["prompt", "pair", "trajectory"] = "prompt"
     seeds: Annotated[int, Field(ge=1)] = 1
     timesteps: Annotated[  # of mode pair, 0 to 1000

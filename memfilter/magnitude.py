@@ -105,11 +105,13 @@ class Scorer:
 
     @classmethod
     def load(cls, spec: str, seeds: int = 1, dtype: str = "auto", batch_size: int = 64, **settings: Any) -> Scorer:
-        """Return a scorer over the pipeline in a folder or under a hub id; raises ModelError.
+        """Return a scorer over the pipeline in a folder, in a file or under a hub id; raises ModelError.
 
-        `settings` are those of the class beside them.
+        `settings` are those of the class beside them, and `denoiser`, `lora`, `lora_scale` and `single_file_config` as
+        in the configuration.
         """
-        files = find_model(spec, images=settings.get("mode") == "pair")
+        named = {k: settings.pop(k) for k in ("denoiser", "lora", "lora_scale", "single_file_config") if k in settings}
+        files = find_model(spec, images=settings.get("mode") == "pair", **named)
         return cls(load_denoiser(files, dtype), seeds, batch_size, **settings)
 
     def score(self, captions: list[str]) -> Floats:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import executors, manifest, sink
 from .caption_groups import caption_keepers, check_captions
-from .config import Config, Input, digest_of
+from .config import Config, Input, Magnitude, digest_of
 from .decisions import decide
 from .denoisers import ModelFiles, find_model
 from .edges import find_edges, similarity
@@ -53,7 +53,7 @@ def run(patterns: list[str], out: str | Path, config: Config | None = None, work
     check_hash(config)
     image_encoder(config.images.encoder)  # one that cannot be had is told before anything is written
     check_captions(config)
-    model = _model(config)
+    model = _find_model(config.magnitude)
     rater = find_rater(config)
     with store.locked():
         _forget_changed(shards, stored, store)
@@ -137,8 +137,9 @@ class _Finished:
         check_threshold(self.config)
         check_hash(self.config)
         check_captions(self.config)
-        if _model_settings(self.config) != _model_settings(before):
-            self.model = _model(self.config)
+        named = _named(self.config.magnitude)
+        if self.config.magnitude.mode != before.magnitude.mode or named != _named(before.magnitude):
+            self.model = _find_model(self.config.magnitude)
         self.rater = find_rater(self.config)
 
     def check(self) -> None:
@@ -200,15 +201,6 @@ def _decide_and_write(
     else:
         store.threshold.unlink(missing_ok=True)
     return manifest.finish(store, samples, decisions, about)
-
-
-def _model(config: Config) -> ModelFiles | None:
-    settings = config.magnitude
-    return find_model(settings.model, images=settings.mode == "pair") if settings.model else None
-
-
-def _model_settings(config: Config) -> tuple[str | None, bool]:
-    return config.magnitude.model, config.magnitude.mode == "pair"
 
 
 # -- the two stages that go shard by shard ----------------------------------------------------------------------------
@@ -288,6 +280,21 @@ def _refuse_nesting(patterns: list[str], shards: list[Shard], out: Path) -> None
                 raise ConfigError(f"{place}: lies in an input folder, or holds one ({folder}); give another --out")
 
 
+def _named(settings: Magnitude) -> dict[str, Any]:
+    return settings.model_dump(include={"model", "denoiser", "lora", "lora_scale", "single_file_config"})
+
+
+def _find_model(settings: Magnitude) -> ModelFiles | None:
+    """Return the files of the model that is named; raises ModelError, and ConfigError for parts of no model."""
+    named = _named(settings)
+    spec = named.pop("model")
+    if spec is None:
+        if given := [key for key in ("denoiser", "lora", "single_file_config") if named[key]]:
+            raise ConfigError(f"magnitude.{given[0]} is given and no model; give --model or magnitude.model")
+        return None
+    return find_model(spec, images=settings.mode == "pair", **named)
+
+
 def _about(
     samples: Samples, decisions: Decisions, scores: Scores | None, limit: float | None, store: Store, config: Config
 ) -> dict[str, Any]:
@@ -297,6 +304,9 @@ def _about(
     dump["captions"]["encoder"] = public_caption_name(config.captions.encoder)
     dump["magnitude"]["model"] = scores and scores.info["model"]
     del dump["magnitude"]["devices"]  # which, and how many, is no part of the result
+    for key in ("denoiser", "lora", "single_file_config"):  # by their own names, as the model
+        if named := dump["magnitude"][key]:
+            dump["magnitude"][key] = Path(named).resolve().name if Path(named).exists() else named
     dump["generality"]["tagger"] = public_tagger(config.generality.tagger)
     del dump["generality"]["wordnet"]  # where it lies; what it holds stands in `generality`
     del dump["generalise"]  # what was rewritten, and by what, stands in `generalised`

@@ -244,6 +244,7 @@ class _Stage:
         for start in range(0, len(captions), 8192):
             some = captions[start : start + 8192]
             ids += self._denoiser().token_ids(some)
+            cut += int(self._denoiser().truncated(some).sum())
         return ids, cut
 
     def _noise_floor(self, dtype: str) -> float | None:

@@ -42,6 +42,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "magnitude": {
         "model": None,
+        "denoiser": None,
+        "lora": None,
+        "lora_scale": 1.0,
+        "single_file_config": None,
         "mode": "prompt",
         "seeds": 1,
         "dtype": "auto",

@@ -6,7 +6,8 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from ..errors import ModelError
 from .autoencoder import encode, vae_config, vae_scale
+from .single_file import load_part
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +69,10 @@ class Denoiser(Protocol):
 
     def token_ids(self, captions: list[str]) -> list[bytes]:
         """Return of each caption the ids that the model sees, as bytes: equal ids are one condition."""
+        ...
+
+    def truncated(self, captions: list[str]) -> npt.NDArray[np.bool_]:
+        """Return (N,), true at the captions that are longer than the model takes, and are cut."""
         ...
 
     def encode(self, captions: list[str]) -> Condition:
@@ -227,10 +233,18 @@ class Flow:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a pipeline's parts lie."""
+    """Where a pipeline's parts lie: its folder, and what takes the place of weights in it, or is fused into them.
+
+    Of a single file, the folder has the configs and the tokenizers, and `within` the file's keys of each part in it.
+    """
 
     folder: Path
     index: Index
+    denoiser: Path | None = None
+    lora: Path | None = None
+    lora_scale: float = 1.0
+    file: Path | None = None
+    within: dict[str, list[str]] = field(default_factory=dict)
 
 
 class Family:
@@ -242,11 +256,13 @@ class Family:
     pipelines: ClassVar[tuple[str, ...]]
     parts: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
+    denoiser: ClassVar[tuple[str, str]]  # the part, and its class
+    width: ClassVar[str]  # what the denoiser's config calls the width of text states
     autoencoder: ClassVar[str] = "AutoencoderKL"
 
     settings: dict[str, Any]
     latent_shape: tuple[int, int, int]
-    _network: Any
+    _denoiser: Any
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         self._source, self.device, self.dtype = source, device, dtype
@@ -323,8 +339,30 @@ class Family:
             cause = " ".join(str(e).split())[:200]
             raise ModelError(f"{folder}: the autoencoder cannot be loaded: {type(e).__name__}: {cause}") from e
 
+    def truncated(self, captions: list[str]) -> npt.NDArray[np.bool_]:
+        """Return (N,), true at the captions of which some tokenizer of the family's leaves tokens out, too long."""
+        cut = np.zeros(len(captions), bool)
+        for tokenizer, texts, length in self._texts(captions) if captions else []:
+            cut |= is_cut(tokenizer, texts, length)
+        return cut
+
+    def _texts(self, captions: list[str]) -> list[tuple[Any, list[str], int]]:
+        """Return of each tokenizer what it is given for the captions, and how many tokens of it are kept."""
+        raise NotImplementedError
+
+    def lora_parts(self) -> dict[str, Any]:
+        """Return by name the models into which a LoRA of this family may go."""
+        return {self.denoiser[0]: self._denoiser}
+
     def _load(self, kind: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
-        """Return a model of which every weight was in the folder's safetensors files; raises ModelError."""
+        """Return a model of which every weight was in the folder's safetensors files, or in the single file.
+
+        Raises ModelError.
+        """
+        if self._source.file and folder.name in self._source.within:
+            keys = self._source.within[folder.name]
+            model = load_part(kind, self._source.file, keys, folder, dtype or self.dtype)
+            return model.to(self.device)
         # loaded in its precision and not cast to it: the libraries keep in float32 what would overflow or drift
         model, info = kind.from_pretrained(
             folder,
@@ -354,18 +392,30 @@ class Family:
         model.config.num_hidden_layers -= 1
         return model
 
-    def _load_denoiser(self, kind: Any, folder: Path) -> Any:
+    def _load_denoiser(self) -> Any:
+        import diffusers
+
+        part, kind = self.denoiser
+        folder = self._source.denoiser or self._source.folder / part
         # cast as well: diffusers leaves some of them in float32 where accelerate is not installed
-        self._network = self._load(kind, folder).to(self.dtype)
-        return self._network
+        return self._load(getattr(diffusers, kind), folder).to(self.dtype)
 
     def compile(self) -> None:
         """Have torch compile the denoiser for batches of one size, with CUDA graphs where it runs on a GPU."""
         import torch
 
         if self.device.type == "cuda":  # its convolutions are fastest so
-            self._network.to(memory_format=torch.channels_last)
-        self._network.compile(mode="reduce-overhead" if self.device.type == "cuda" else "default", dynamic=False)
+            self._denoiser.to(memory_format=torch.channels_last)
+        self._denoiser.compile(mode="reduce-overhead" if self.device.type == "cuda" else "default", dynamic=False)
+
+    def _check_width(self, found: int) -> None:
+        """Raise ModelError unless the denoiser takes text states of this width."""
+        expected = self._denoiser.config[self.width]
+        if isinstance(expected, int) and found != expected:
+            raise ModelError(
+                f"its text states are {found} wide, and its {self.denoiser[0]} takes {expected} ({self.width}): these "
+                "are parts of different models"
+            )
 
     def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
         import torch
@@ -398,8 +448,30 @@ def has(index: Index, part: str) -> bool:
 
 def tokenise(tokenizer: Any, texts: list[str], length: int) -> tuple[Tokens, npt.NDArray[np.bool_]]:
     """Return the ids (B, length) of texts that are cut or padded to one length, and a mask, true at the tokens."""
-    out = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_attention_mask=True)
-    return np.asarray(out["input_ids"], np.int64), np.asarray(out["attention_mask"]).astype(bool)
+    return _tokenised(tokenizer, tuple(texts), length)[:2]
+
+
+def is_cut(tokenizer: Any, texts: list[str], length: int) -> npt.NDArray[np.bool_]:
+    """Return (B,), true at the texts that have more tokens than `length`."""
+    return _tokenised(tokenizer, tuple(texts), length)[2]
+
+
+@lru_cache(maxsize=3)  # as many as a family has tokenizers: what was cut is asked for right after the ids
+def _tokenised(
+    tokenizer: Any, texts: tuple[str, ...], length: int
+) -> tuple[Tokens, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    settings = {"padding": "max_length", "max_length": length, "truncation": True, "return_attention_mask": True}
+    if not tokenizer.is_fast:
+        out = tokenizer(list(texts), **settings)
+        whole = tokenizer(list(texts), verbose=False)["input_ids"]
+        cut = np.array([len(ids) > length for ids in whole])
+        return np.asarray(out["input_ids"], np.int64), np.asarray(out["attention_mask"]).astype(bool), cut
+    # what is beyond the length comes in further rows, which tell that a text was cut
+    out = tokenizer(list(texts), return_overflowing_tokens=True, **settings)
+    rows = np.asarray(out["overflow_to_sample_mapping"])
+    first = np.searchsorted(rows, np.arange(len(texts)))
+    ids, mask = (np.asarray(out[name])[first] for name in ("input_ids", "attention_mask"))
+    return ids.astype(np.int64), mask.astype(bool), np.bincount(rows, minlength=len(texts)) > 1
 
 
 def spans(tokenizer: Any, text: str, length: int) -> tuple[list[Token], int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .autoencoder import latent_side
 from .base import Condition, Family, Flow, Source, Token, Tokens, packed, spans, tokenise
@@ -21,11 +21,12 @@ class Flux(Flow, Family):
         *("model_index.json", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
         *("transformer", "vae/config.json"),
     )
+    denoiser = ("transformer", "FluxTransformer2DModel")
+    width = "joint_attention_dim"
 
     _T5_LENGTH = 512  # the pipeline's own; nothing masks the padding, so the length shapes the prediction
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
-        from diffusers import FluxTransformer2DModel
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
         super().__init__(source, device, dtype)
@@ -34,7 +35,8 @@ class Flux(Flow, Family):
         self._t5_tokenizer = T5TokenizerFast.from_pretrained(folder / "tokenizer_2", local_files_only=True)
         self._clip = self._load(CLIPTextModel, folder / "text_encoder")
         self._t5 = self._load(T5EncoderModel, folder / "text_encoder_2")
-        self._transformer = self._load_denoiser(FluxTransformer2DModel, folder / "transformer")
+        self._transformer = self._denoiser = self._load_denoiser()
+        self._check_width(self._t5.config.d_model)
         self._read_schedule(folder)
         side = latent_side(folder)
         self.latent_shape = (self._transformer.config.in_channels // 4, side, side)
@@ -73,9 +75,15 @@ class Flux(Flow, Family):
         """Return the caption's tokens among the T5's 512, and how many of its characters were read."""
         return spans(self._t5_tokenizer, caption, self._T5_LENGTH)
 
+    def lora_parts(self) -> dict[str, Any]:
+        """Return the transformer and the CLIP."""
+        return {**super().lora_parts(), "text_encoder": self._clip}
+
+    def _texts(self, captions: list[str]) -> list[tuple[Any, list[str], int]]:
+        return [(self._clip_tokenizer, captions, self._clip_length), (self._t5_tokenizer, captions, self._T5_LENGTH)]
+
     def _ids(self, captions: list[str]) -> tuple[Tokens, Tokens]:
-        clip, _ = tokenise(self._clip_tokenizer, captions, self._clip_length)
-        t5, _ = tokenise(self._t5_tokenizer, captions, self._T5_LENGTH)
+        clip, t5 = (tokenise(*texts)[0] for texts in self._texts(captions))
         return clip, t5
 
 

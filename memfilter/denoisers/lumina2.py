@@ -19,9 +19,11 @@ class Lumina2(Flow, Family):
 
     pipelines = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")
     parts = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer")
+    denoiser = ("transformer", "Lumina2Transformer2DModel")
+    width = "cap_feat_dim"
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
-        from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
+        from diffusers import Lumina2Pipeline
         from transformers import Gemma2Model, GemmaTokenizerFast
 
         super().__init__(source, device, dtype)
@@ -29,7 +31,8 @@ class Lumina2(Flow, Family):
         self._tokenizer = GemmaTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._tokenizer.padding_side = "right"
         self._text_encoder = self._load_but_last_layer(Gemma2Model, folder / "text_encoder")
-        self._transformer = self._load_denoiser(Lumina2Transformer2DModel, folder / "transformer")
+        self._transformer = self._denoiser = self._load_denoiser()
+        self._check_width(self._text_encoder.config.hidden_size)
         self._read_schedule(folder)
         self.latent_shape = square(self._transformer.config.sample_size, self._transformer.config.in_channels)
         empty = dict.fromkeys(("transformer", "scheduler", "vae", "text_encoder", "tokenizer"))
@@ -62,9 +65,12 @@ class Lumina2(Flow, Family):
     def _image_tokens(self) -> int:
         return self.latent_shape[0]  # as the pipeline counts them: its latents are not in packets
 
-    def _ids(self, captions: list[str]) -> Any:
+    def _texts(self, captions: list[str]) -> list[tuple[Any, list[str], int]]:
         texts = [f"{self._system_prompt} <Prompt Start> {caption}" for caption in captions]
-        return tokenise(self._tokenizer, texts, _LENGTH)
+        return [(self._tokenizer, texts, _LENGTH)]
+
+    def _ids(self, captions: list[str]) -> Any:
+        return tokenise(*self._texts(captions)[0])
 
     def _states(self, ids: Any, mask: Any) -> Condition:
         masks = self._tensor(mask).long()

@@ -18,16 +18,18 @@ class PixArt(Diffusion, Family):
 
     pipelines = tuple(_LENGTHS)
     parts = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae/config.json")
+    denoiser = ("transformer", "PixArtTransformer2DModel")
+    width = "caption_channels"
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
-        from diffusers import PixArtTransformer2DModel
         from transformers import T5EncoderModel, T5TokenizerFast
 
         super().__init__(source, device, dtype)
         folder, index = source.folder, source.index
         self._tokenizer = T5TokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._text_encoder = self._load(T5EncoderModel, folder / "text_encoder")
-        self._transformer = self._load_denoiser(PixArtTransformer2DModel, folder / "transformer")
+        self._transformer = self._denoiser = self._load_denoiser()
+        self._check_width(self._text_encoder.config.d_model)
         self._read_schedule(folder)
         self.latent_shape = square(self._transformer.config.sample_size, self._transformer.config.in_channels)
         self._scale = vae_scale(folder)
@@ -75,5 +77,8 @@ class PixArt(Diffusion, Family):
             "aspect_ratio": x.new_tensor([[height / width]]).expand(len(x), -1),
         }
 
+    def _texts(self, captions: list[str]) -> list[tuple[Any, list[str], int]]:
+        return [(self._tokenizer, [caption.lower().strip() for caption in captions], self._length)]
+
     def _ids(self, captions: list[str]) -> Any:
-        return tokenise(self._tokenizer, [caption.lower().strip() for caption in captions], self._length)
+        return tokenise(*self._texts(captions)[0])

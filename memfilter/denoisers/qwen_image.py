@@ -22,10 +22,12 @@ class QwenImage(Flow, Family):
 
     pipelines = ("QwenImagePipeline", "QwenImageImg2ImgPipeline")
     parts = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer")
+    denoiser = ("transformer", "QwenImageTransformer2DModel")
+    width = "joint_attention_dim"
     autoencoder = "AutoencoderKLQwenImage"
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
-        from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+        from diffusers import QwenImagePipeline
         from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
 
         super().__init__(source, device, dtype)
@@ -35,7 +37,8 @@ class QwenImage(Flow, Family):
         self._text_encoder = self._load_language_model(
             Qwen2_5_VLForConditionalGeneration, folder / "text_encoder"
         ).model
-        self._transformer = self._load_denoiser(QwenImageTransformer2DModel, folder / "transformer")
+        self._transformer = self._denoiser = self._load_denoiser()
+        self._check_width(self._text_encoder.language_model.config.hidden_size)
         self._read_schedule(folder)
         self.latent_shape = (self._transformer.config.in_channels // 4, _SIDE, _SIDE)
         empty = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "transformer"))
@@ -73,6 +76,9 @@ class QwenImage(Flow, Family):
         )[0]
         return unpack(out, rows, columns)
 
-    def _ids(self, captions: list[str]) -> Any:
+    def _texts(self, captions: list[str]) -> list[tuple[Any, list[str], int]]:
         texts = [self._template.format(caption) for caption in captions]
-        return tokenise(self._tokenizer, texts, self._skipped + _LENGTH)
+        return [(self._tokenizer, texts, self._skipped + _LENGTH)]
+
+    def _ids(self, captions: list[str]) -> Any:
+        return tokenise(*self._texts(captions)[0])

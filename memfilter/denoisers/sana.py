@@ -20,12 +20,14 @@ class Sana(Flow, Family):
 
     pipelines = ("SanaPipeline",)
     parts = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer")
+    denoiser = ("transformer", "SanaTransformer2DModel")
+    width = "caption_channels"
     autoencoder = "AutoencoderDC"
 
     _gives_sigmas = False
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
-        from diffusers import SanaPipeline, SanaTransformer2DModel
+        from diffusers import SanaPipeline
         from transformers import Gemma2Model, GemmaTokenizerFast
 
         super().__init__(source, device, dtype)
@@ -33,7 +35,8 @@ class Sana(Flow, Family):
         self._tokenizer = GemmaTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._tokenizer.padding_side = "right"
         self._text_encoder = self._load_language_model(Gemma2Model, folder / "text_encoder")
-        self._transformer = self._load_denoiser(SanaTransformer2DModel, folder / "transformer")
+        self._transformer = self._denoiser = self._load_denoiser()
+        self._check_width(self._text_encoder.config.hidden_size)
         self._read_schedule(folder)
         self.latent_shape = square(self._transformer.config.sample_size, self._transformer.config.in_channels)
         defaults = inspect.signature(SanaPipeline.__call__).parameters
@@ -69,10 +72,13 @@ class Sana(Flow, Family):
         )[0]
         return out[:, : x.shape[1]]
 
-    def _ids(self, captions: list[str]) -> Any:
+    def _texts(self, captions: list[str]) -> list[tuple[Any, list[str], int]]:
         # lower case for the caption alone: the pipeline does so before it sets the instruction in front
         texts = [self._instruction + caption.lower().strip() for caption in captions]
-        return tokenise(self._tokenizer, texts, self._length)
+        return [(self._tokenizer, texts, self._length)]
+
+    def _ids(self, captions: list[str]) -> Any:
+        return tokenise(*self._texts(captions)[0])
 
     def _states(self, ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
         masks = self._tensor(mask).long()

@@ -31,16 +31,18 @@ class StableDiffusion(Diffusion, Family):
 
     pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionControlNetPipeline")
     parts = ("scheduler", "text_encoder", "tokenizer", "unet")
+    denoiser = ("unet", "UNet2DConditionModel")
+    width = "cross_attention_dim"
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
-        from diffusers import UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
 
         super().__init__(source, device, dtype)
         folder = source.folder
         self._tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._text_encoder = self._load(CLIPTextModel, folder / "text_encoder")
-        self._unet = self._load_denoiser(UNet2DConditionModel, folder / "unet")
+        self._unet = self._denoiser = self._load_denoiser()
+        self._check_width(_width(self._text_encoder))
         # Stable Diffusion counts its steps from 1, as its own pipeline insists
         self._read_schedule(folder, steps_offset=1)
         self.latent_shape = _latent_shape(self._unet.config)
@@ -63,8 +65,15 @@ class StableDiffusion(Diffusion, Family):
         """Return the caption's tokens among the text encoder's 77, and how many of its characters were read."""
         return spans(self._tokenizer, caption, _length(self._text_encoder))
 
+    def lora_parts(self) -> dict[str, Any]:
+        """Return the UNet and the text encoder."""
+        return {**super().lora_parts(), "text_encoder": self._text_encoder}
+
+    def _texts(self, captions: list[str]) -> list[tuple[Any, list[str], int]]:
+        return [(self._tokenizer, captions, _length(self._text_encoder))]
+
     def _ids(self, captions: list[str]) -> Tokens:
-        return tokenise(self._tokenizer, captions, _length(self._text_encoder))[0]
+        return tokenise(*self._texts(captions)[0])[0]
 
 
 class _TwoClips(Family):
@@ -75,10 +84,16 @@ class _TwoClips(Family):
 
         self._tokenizers = [CLIPTokenizer.from_pretrained(folder / t, local_files_only=True) for t in _TOKENIZERS]
         self._text_encoders = [
-            self._load(first, folder / "text_encoder"),
-            self._load(second, folder / "text_encoder_2"),
+            self._load(kind, folder / part) for kind, part in zip((first, second), _CLIPS, strict=True)
         ]
         self._clip_length = _length(self._text_encoders[0])
+
+    def lora_parts(self) -> dict[str, Any]:
+        """Return the denoiser and the two CLIPs."""
+        return {**super().lora_parts(), **dict(zip(_CLIPS, self._text_encoders, strict=True))}
+
+    def _texts(self, captions: list[str]) -> list[tuple[Any, list[str], int]]:
+        return [(tokenizer, captions, self._clip_length) for tokenizer in self._tokenizers]
 
     def _clip_ids(self, captions: list[str]) -> list[Tokens]:
         return [tokenise(tokenizer, captions, self._clip_length)[0] for tokenizer in self._tokenizers]
@@ -105,15 +120,17 @@ class StableDiffusionXL(Diffusion, _TwoClips):
         *("model_index.json", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet"),
         "vae/config.json",
     )
+    denoiser = ("unet", "UNet2DConditionModel")
+    width = "cross_attention_dim"
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
-        from diffusers import UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         super().__init__(source, device, dtype)
         folder, index = source.folder, source.index
         self._read_clips(folder, CLIPTextModel, CLIPTextModelWithProjection)
-        self._unet = self._load_denoiser(UNet2DConditionModel, folder / "unet")
+        self._unet = self._denoiser = self._load_denoiser()
+        self._check_width(sum(map(_width, self._text_encoders)))
         self._read_schedule(folder, steps_offset=1)
         self.latent_shape = _latent_shape(self._unet.config)
         self._scale = vae_scale(folder)
@@ -166,6 +183,8 @@ class StableDiffusion3(Flow, _TwoClips):
         *("model_index.json", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3"),
         *("tokenizer", "tokenizer_2", "tokenizer_3", "transformer"),
     )
+    denoiser = ("transformer", "SD3Transformer2DModel")
+    width = "joint_attention_dim"
     optional = ("text_encoder_3", "tokenizer_3")
 
     _gives_sigmas = False
@@ -173,7 +192,6 @@ class StableDiffusion3(Flow, _TwoClips):
     _T5_LENGTH = 256  # the pipeline's own; nothing masks the padding, so the length shapes the prediction
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
-        from diffusers import SD3Transformer2DModel
         from transformers import CLIPTextModelWithProjection, T5EncoderModel, T5TokenizerFast
 
         super().__init__(source, device, dtype)
@@ -183,7 +201,10 @@ class StableDiffusion3(Flow, _TwoClips):
         if has(index, "text_encoder_3"):
             self._t5_tokenizer = T5TokenizerFast.from_pretrained(folder / "tokenizer_3", local_files_only=True)
             self._t5 = self._load(T5EncoderModel, folder / "text_encoder_3")
-        self._transformer = self._load_denoiser(SD3Transformer2DModel, folder / "transformer")
+        self._transformer = self._denoiser = self._load_denoiser()
+        # the CLIPs' states are padded to the width of the T5's
+        wide = self._t5.config.d_model if self._t5 else self._transformer.config.joint_attention_dim
+        self._check_width(max(wide, sum(map(_width, self._text_encoders))))
         self._read_schedule(folder)
         self.latent_shape = square(self._transformer.config.sample_size, self._transformer.config.in_channels)
         lengths = [self._clip_length, self._T5_LENGTH if self._t5 else 0]
@@ -221,6 +242,10 @@ class StableDiffusion3(Flow, _TwoClips):
         )[0]
         return out
 
+    def _texts(self, captions: list[str]) -> list[tuple[Any, list[str], int]]:
+        t5 = [(self._t5_tokenizer, captions, self._T5_LENGTH)] if self._t5 else []
+        return [*super()._texts(captions), *t5]
+
     def _image_tokens(self) -> int:
         patch = int(self._transformer.config.patch_size)
         _, height, width = self.latent_shape
@@ -228,6 +253,11 @@ class StableDiffusion3(Flow, _TwoClips):
 
 
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
+_CLIPS = ("text_encoder", "text_encoder_2")
+
+
+def _width(clip: Any) -> int:
+    return int(clip.config.hidden_size)
 
 
 def _length(clip: Any) -> int:

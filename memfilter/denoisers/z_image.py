@@ -18,16 +18,18 @@ class ZImage(Flow, Family):
 
     pipelines = ("ZImagePipeline", "ZImageImg2ImgPipeline")
     parts = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae/config.json")
+    denoiser = ("transformer", "ZImageTransformer2DModel")
+    width = "cap_feat_dim"
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
-        from diffusers import ZImageTransformer2DModel
         from transformers import Qwen2TokenizerFast, Qwen3Model
 
         super().__init__(source, device, dtype)
         folder = source.folder
         self._tokenizer = Qwen2TokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._text_encoder = self._load_but_last_layer(Qwen3Model, folder / "text_encoder")
-        self._transformer = self._load_denoiser(ZImageTransformer2DModel, folder / "transformer")
+        self._transformer = self._denoiser = self._load_denoiser()
+        self._check_width(self._text_encoder.config.hidden_size)
         self._read_schedule(folder)
         side = latent_side(folder)
         self.latent_shape = (int(self._transformer.config.in_channels), side, side)
@@ -56,11 +58,14 @@ class ZImage(Flow, Family):
         )[0]
         return -torch.stack(list(out)).squeeze(2)
 
-    def _ids(self, captions: list[str]) -> Any:
+    def _texts(self, captions: list[str]) -> list[tuple[Any, list[str], int]]:
         chats = [
             self._tokenizer.apply_chat_template(
                 [{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, enable_thinking=True
             )
             for caption in captions
         ]
-        return tokenise(self._tokenizer, chats, _LENGTH)
+        return [(self._tokenizer, chats, _LENGTH)]
+
+    def _ids(self, captions: list[str]) -> Any:
+        return tokenise(*self._texts(captions)[0])
