@@ -178,6 +178,11 @@ class Magnitude(_Section):
     ] = (200, 400, 600, 800)
     steps: Annotated[int, Field(ge=1, le=STEPS)] = STEPS  # of mode trajectory: how many of the schedule's 50
     guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = GUIDANCE  # of mode trajectory
+    signals: Annotated[  # of mode prompt, beside the magnitude
+        tuple[Literal["attention_entropy", "anisotropy", "sharpness"], ...],
+        Field(strict=False),
+        AfterValidator(_distinct),
+    ] = ()
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     batch_size: Annotated[int, Field(ge=1)] = 64
     compile: bool = False
@@ -190,6 +195,13 @@ class Magnitude(_Section):
         | Annotated[float, Field(ge=0, allow_inf_nan=False)]
         | None
     ) = None
+
+    @field_validator("signals")
+    @classmethod
+    def _of_prompts(cls, signals: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if signals and info.data.get("mode") != "prompt":
+            raise PydanticCustomError("signals", "They are measured in mode: prompt alone")
+        return signals
 
 
 class Generality(_Section):

@@ -8,12 +8,15 @@ is, and every one meets the same noise of each seed:
   does not depend on the caption and is computed once a seed.
 * `trajectory`: the latents of so many guided steps from that noise on.
 * `pair`: the noised latents of the caption's own image, at a fixed set of timesteps.
+
+Further signals of a prompt are computed beside it, from the same passes as far as they share them.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -21,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from . import signals
 from .config import GUIDANCE, STEPS, Magnitude
 from .denoisers import Condition, Denoiser, ModelFiles, find_model, load_denoiser
 from .errors import ConfigError, ModelError
@@ -77,11 +81,15 @@ class Scorer:
         timesteps: Sequence[float] = (),
         steps: int = STEPS,
         guidance: float = GUIDANCE,
+        signals: Sequence[str] = (),
     ) -> None:
-        """Make a scorer of one mode: `timesteps` are those of `pair`, `steps` and `guidance` shape a `trajectory`."""
+        """Make a scorer of one mode: `timesteps` are those of `pair`, `steps` and `guidance` shape a `trajectory`.
+
+        `signals` of a `prompt` are any of `attention_entropy`, `anisotropy` and `sharpness`.
+        """
         import torch
 
-        self.denoiser, self.batch_size, self.guidance = denoiser, batch_size, guidance
+        self.denoiser, self.batch_size, self.guidance, self.signals = denoiser, batch_size, guidance, tuple(signals)
         # drawn on the CPU in float32, so that every device and dtype sees the same noise
         noise = [torch.randn(denoiser.latent_shape, generator=torch.Generator().manual_seed(s)) for s in range(seeds)]
         self.noise = torch.stack(noise).to(denoiser.device)
@@ -119,6 +127,13 @@ class Scorer:
 
         Raises ModelError for predictions that are not finite, or where a single caption does not fit into memory.
         """
+        return self.measure(captions)["magnitude"]
+
+    def measure(self, captions: list[str]) -> dict[str, Floats]:
+        """Return what `score` does under `magnitude`, and each of the signals under its name, (N, seeds), float32.
+
+        Raises ModelError as `score` does, and for a signal that is not defined for the model.
+        """
         if self.scoring.mode == "pair":
             raise ConfigError("pairs are scored by their captions and images: call score_pairs")
         measure = self._at_first_step if self.scoring.mode == "prompt" else self._along_trajectory
@@ -128,7 +143,10 @@ class Scorer:
         norms = self._in_batches(len(order), lambda rows: measure(self._encode(texts[rows])))
         self._check(norms, texts)
         place = {condition: i for i, condition in enumerate(order)}
-        return norms[[place[condition] for condition in ids]]
+        norms = norms[[place[condition] for condition in ids]]
+        count = len(self.scoring.timesteps)
+        further = {name: norms[:, :, count + i] for i, name in enumerate(self.signals)}
+        return {"magnitude": norms[:, :, :count], **further}
 
     def score_pairs(self, captions: list[str], images: Pixels) -> Floats:
         """Return raw magnitudes (N, seeds, timesteps), float32, of captions with their images, uint8 (N, H, W, 3).
@@ -153,10 +171,14 @@ class Scorer:
 
         self.batch_size = size
         try:
-            with torch.inference_mode():
-                self.nothing, self.unconditional = self.denoiser.unconditional(size), []
+            with self._without_gradients():
+                self.nothing = self.denoiser.unconditional(size)
+                self.unconditional = []
                 for x in self.noise if self.scoring.mode != "pair" else ():
                     self.unconditional.append(self._predict(x, self.scoring.timesteps[0], self.nothing)[:1])
+                if "anisotropy" in self.signals:
+                    late = signals.late_timestep(self.denoiser)
+                    self._late = late, [self._predict(x, late, self.nothing)[:1] for x in self.noise]
         except torch.cuda.OutOfMemoryError as e:
             self._halve(e)
 
@@ -164,9 +186,10 @@ class Scorer:
         """Return what `measure` gives (B, seeds, timesteps) of every batch of rows, on the CPU."""
         import torch
 
-        found = [np.empty((0, self.scoring.seeds, len(self.scoring.timesteps)), np.float32)]
+        columns = len(self.scoring.timesteps) + len(self.signals)
+        found = [np.empty((0, self.scoring.seeds, columns), np.float32)]
         start, before = 0, None
-        with torch.inference_mode():
+        with self._without_gradients():
             while start < count:
                 rows = slice(start, min(start + self.batch_size, count))
                 try:
@@ -191,6 +214,12 @@ class Scorer:
         self.nothing, self.unconditional = self.nothing[:1], []
         torch.cuda.empty_cache()
         self._take_batches_of(self.batch_size // 2)
+
+    def _without_gradients(self) -> Any:
+        import torch
+
+        # forward-mode differentiation does not take tensors of inference mode
+        return torch.no_grad() if self.signals else torch.inference_mode()
 
     def _encode(self, captions: list[str]) -> Condition:
         # a short batch is filled up, so that every batch takes the same path through the kernels
@@ -218,11 +247,29 @@ class Scorer:
         import torch
 
         (timestep,) = self.scoring.timesteps
-        norms = [
-            _norm(self._predict(x, timestep, condition) - unconditional)
-            for x, unconditional in zip(self.noise, self.unconditional, strict=True)
-        ]
-        return torch.stack(norms, dim=1)[:, :, None]
+        is_watched = "attention_entropy" in self.signals
+        seeds = []
+        for seed, (x, unconditional) in enumerate(zip(self.noise, self.unconditional, strict=True)):
+            with signals.attention_entropy(self.denoiser) if is_watched else nullcontext() as entropy:
+                d = self._predict(x, timestep, condition) - unconditional
+                found = {"attention_entropy": entropy()} if entropy else {}
+            norm = _norm(d)
+            if "anisotropy" in self.signals:
+                found["anisotropy"] = self._anisotropy(seed, condition, norm)
+            if "sharpness" in self.signals:
+                latents = x.expand_as(d).to(self.denoiser.dtype)
+                found["sharpness"] = signals.sharpness(self.denoiser, latents, timestep, condition, self.nothing, d)
+            seeds.append(torch.stack([norm, *(found[name] for name in self.signals)], dim=1))
+        return torch.stack(seeds, dim=1)
+
+    def _anisotropy(self, seed: int, condition: Condition, norm: torch.Tensor) -> torch.Tensor:
+        late, unconditional = self._late
+        d = self._predict(self.noise[seed], late, condition) - unconditional[seed]
+        scoring = self.scoring
+        weights = signals.anisotropy_weights(
+            scoring.prediction_type, scoring.eps_factors[0], self.denoiser.latent_shape
+        )
+        return signals.anisotropy(norm, unconditional[seed], d, weights)
 
     def _along_trajectory(self, condition: Condition) -> torch.Tensor:
         import torch
@@ -315,6 +362,7 @@ def _warm(model: ModelFiles, settings: Magnitude, device: str) -> Scorer:
         settings.timesteps,
         settings.steps,
         settings.guidance,
+        settings.signals,
     )
 
 

@@ -23,6 +23,7 @@ from .records import (
     GENERALITY,
     MANIFEST,
     METHODS,
+    SIGNALS,
     Decisions,
     GeneralityScores,
     Groups,
@@ -157,6 +158,7 @@ def _rows(
             name: _floats(np.append(generality.values[:, i], np.nan) if generality else None, groups.caption[rows])
             for i, name in enumerate(GENERALITY.names)
         },
+        **{name: _floats(scores.signals.get(name) if scores else None, rows) for name in SIGNALS},
     }
     return pa.table(columns, schema=MANIFEST)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -91,12 +91,16 @@ EDGES = pa.schema(
     ]
 )
 
+SIGNALS = ("attention_entropy", "anisotropy", "sharpness")
+"""What may be measured of a caption beside its magnitude."""
+
 SCORES = pa.schema(
     [
         pa.field("token_ids", pa.binary(16), nullable=False),  # blake2b-128 of the token ids
         pa.field("magnitude", pa.float32(), nullable=False),
         pa.field("magnitude_eps", pa.float32()),
         pa.field("values", pa.list_(pa.float32()), nullable=False),  # of each seed those of its timesteps
+        *(pa.field(name, pa.float32()) for name in SIGNALS),  # the mean over seeds, null unless asked for
     ]
 )
 
@@ -162,6 +166,7 @@ MANIFEST = pa.schema(
         pa.field("image_captions", pa.int32(), nullable=False),
         pa.field("mitigate", pa.bool_(), nullable=False),
         *GENERALITY,
+        *(pa.field(name, pa.float32()) for name in SIGNALS),
     ]
 )
 
@@ -250,6 +255,7 @@ class Scores:
     generalised: Floats | None = None  # of the generalised captions, where there are any
     by_timestep: Floats | None = None  # (N, timesteps), of what the threshold is a quantile of
     unscored: pa.ChunkedArray | None = None  # of each sample, why a good one has none
+    signals: dict[str, Floats] = field(default_factory=dict)  # of each sample
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from .denoisers import Denoiser, ModelFiles, load_denoiser, token_digest
 from .errors import ModelError, ShardError, in_one_line
 from .magnitude import Pixels, Scorer, Scoring, distinct, warm_scorer
 from .precision import rounding_errors
-from .records import PAIR_SCORES, ROUNDING, SCORES, Floats, Ints, Samples, Scores, Shard
+from .records import PAIR_SCORES, ROUNDING, SCORES, SIGNALS, Floats, Ints, Samples, Scores, Shard
 from .source import open_shard, printable_key
 from .store import Store, done, file_digest, read_digest, read_note, read_table, write_table
 
@@ -133,6 +133,7 @@ class _Stage:
             reference["magnitude"].to_numpy() if reference is not None else None,
             general["magnitude"].to_numpy() if general is not None else None,
             self._by_timestep(rated, info),
+            signals={name: _of_rows(own[name].to_numpy(), caption) for name in self.settings.signals},
         )
 
     def pairs(self, samples: Samples, caption: Ints, captions: int) -> Scores:
@@ -287,7 +288,7 @@ def _calibration(wanted: LabelledRate, memorized: Floats, others: Floats) -> dic
 def _numbers(settings: Magnitude) -> dict[str, Any]:
     """Return the settings that shape a score."""
     names = {"mode", "seeds", "dtype", "batch_size", "compile"}
-    names |= {"pair": {"timesteps"}, "trajectory": {"steps", "guidance"}}.get(settings.mode, set())
+    names |= {"prompt": {"signals"}, "pair": {"timesteps"}, "trajectory": {"steps", "guidance"}}[settings.mode]
     return settings.model_dump(mode="json", include=names)
 
 
@@ -330,8 +331,11 @@ def _score_chunk(
 ) -> int:
     """Write the scores of a chunk of conditions; return their number."""
     scorer = warm_scorer(model, settings, device)
-    norms = scorer.score(captions)
-    columns = [pa.array([token_digest(i) for i in ids], pa.binary(16)), *_columns(norms, scorer.scoring)]
+    found = scorer.measure(captions)
+    columns = [pa.array([token_digest(i) for i in ids], pa.binary(16)), *_columns(found["magnitude"], scorer.scoring)]
+    for name in SIGNALS:
+        is_asked = name in found
+        columns.append(found[name].mean(axis=1, dtype=np.float64) if is_asked else pa.nulls(len(ids), pa.float32()))
     write_table(path, pa.table(columns, schema=SCORES), digest, _note(scorer))
     return len(ids)
 

@@ -169,7 +169,7 @@ _TANGENTS = 8  # captions at a time: attention without flash kernels holds its p
 def sharpness(
     denoiser: Denoiser,
     x: torch.Tensor,
-    timestep: int,
+    timestep: float,
     condition: Condition,
     unconditional: Condition,
     difference: torch.Tensor,
@@ -203,7 +203,7 @@ def sharpness(
 
 
 def _derivative(
-    denoiser: Denoiser, x: torch.Tensor, timestep: int, conditions: tuple[Condition, Condition], along: torch.Tensor
+    denoiser: Denoiser, x: torch.Tensor, timestep: float, conditions: tuple[Condition, Condition], along: torch.Tensor
 ) -> torch.Tensor:
     """Return the derivative (B, C, H, W) of d by x, along a direction of x's shape; at least in float32."""
     import torch
@@ -226,7 +226,7 @@ def _derivative(
     return derivative
 
 
-def _score_scale(denoiser: Denoiser, timestep: int) -> float:
+def _score_scale(denoiser: Denoiser, timestep: float) -> float:
     """Return |f| / sigma, with which a difference of raw predictions becomes one of scores."""
     from .magnitude import eps_factor  # which has this module's signals computed
 
@@ -241,7 +241,7 @@ def _score_scale(denoiser: Denoiser, timestep: int) -> float:
     return factor / noise
 
 
-def _noise(denoiser: Denoiser, timestep: int) -> float:
+def _noise(denoiser: Denoiser, timestep: float) -> float:
     """Return the noise's factor in x_t."""
     alpha_bar = denoiser.alpha_bar(timestep)
     return 1 - math.sqrt(alpha_bar) if denoiser.prediction_type == "flow" else math.sqrt(max(1 - alpha_bar, 0))

@@ -519,3 +519,47 @@ def test_a_compiled_model_scores_as_it_does_uncompiled(models: dict[str, Path], 
         found.append(score_captions(pa.chunked_array([CAPTIONS]), rows, "", files, store, wanted, no_progress).samples)
     release()
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
+
+
+# -- further signals --------------------------------------------------------------------------------------------------
+
+SIGNALS = ("attention_entropy", "anisotropy", "sharpness")
+
+
+def test_further_signals_leave_the_magnitude_as_it_is(models: dict[str, Path]) -> None:
+    alone = Scorer.load(str(models["epsilon"]), seeds=2, batch_size=4)
+    beside = Scorer(alone.denoiser, 2, 4, signals=SIGNALS)
+    found = beside.measure(CAPTIONS)
+    assert list(found) == ["magnitude", *SIGNALS]
+    assert np.array_equal(found["magnitude"], alone.score(CAPTIONS))
+    assert all(found[name].shape == (3, 2) and np.isfinite(found[name]).all() for name in SIGNALS)
+    some = Scorer(alone.denoiser, 2, 4, signals=("sharpness",)).measure(CAPTIONS)
+    np.testing.assert_allclose(some["sharpness"], found["sharpness"], rtol=1e-5)
+
+
+def test_a_run_writes_the_signals_that_are_asked_for(models: dict[str, Path], shards: Path, tmp_path: Path) -> None:
+    wanted = config(models["epsilon"], mode="prompt", signals=["attention_entropy", "anisotropy"])
+    manifest = memfilter.run([str(shards)], tmp_path / "out", wanted, 1)
+    scorer = Scorer.load(str(models["epsilon"]), batch_size=2, signals=SIGNALS[:2])
+    for row in manifest.table().to_pylist():
+        assert row["sharpness"] is None
+        if row["action"] == "bad":
+            assert row["anisotropy"] is None
+            continue
+        found = scorer.measure([f"picture number {7 * int(row['shard'][:5]) + int(row['key'])}"])
+        for name in SIGNALS[:2]:
+            assert row[name] == pytest.approx(float(found[name][0, 0]), rel=1e-5)
+
+
+def test_signals_of_a_model_or_a_mode_that_has_none_are_refused(models: dict[str, Path]) -> None:
+    with pytest.raises(ModelError, match=r"attention entropy is not defined for StableDiffusion3[^\n]+$"):
+        Scorer.load(str(models["sd3"]), batch_size=2, signals=SIGNALS[:1]).score(["a dog"])
+    with pytest.raises(ConfigError, match=r"mode: prompt alone"):
+        config(models["epsilon"], signals=["sharpness"])
+
+
+def test_captions_that_the_model_cuts_are_counted(models: dict[str, Path], tmp_path: Path) -> None:
+    members = sample("0", encoded(picture(0)), "short") + sample("1", encoded(picture(1)), "a very long one " * 40)
+    write_tar(tmp_path / "in" / "a.tar", members)
+    wanted = config(models["epsilon"], mode="prompt")
+    assert memfilter.run([str(tmp_path / "in")], tmp_path / "out", wanted, 1).info["magnitude"]["cut"] == 1
