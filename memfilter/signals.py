@@ -182,8 +182,8 @@ def sharpness(
     that s_c - s_u = -(f / sigma) d, and the whole is (f / sigma)^2 ||J_d d||, with the Jacobian J_d of d by x_t.
 
     The Jacobian-vector product is exact, by forward-mode differentiation, with attention in plain matrix products: two
-    passes a caption, each of which carries its derivative along.  Take float32: in half precision J_d d, like d, is a
-    small difference of large numbers.
+    passes a caption, each of which carries its derivative along.  Like d it is a small difference of large numbers: of
+    the demo's, float16 moves half by 0.1% or more, bfloat16 by 1%.
 
     Raises ModelError at a timestep where f or sigma is below 0.01, such as a flow's first, and for a denoiser that
     cannot be differentiated forward.

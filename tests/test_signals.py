@@ -258,24 +258,18 @@ def central_difference(f: Callable[[torch.Tensor], torch.Tensor], x: torch.Tenso
 
 def found_and_expected(
     denoiser: Any, t: int, product: Callable[..., torch.Tensor]
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     conditional, nothing = conditions(denoiser, TWO)
     x = noise(denoiser, len(TWO))
+    s_c, s_u = scores(denoiser, t, conditional), scores(denoiser, t, nothing)
     with torch.no_grad():
         d = denoiser.predict(x, t, conditional) - denoiser.predict(x, t, nothing)
-    expected = []
-    for i in range(len(TWO)):
-        one = slice(i, i + 1)
-        s_c, s_u = scores(denoiser, t, conditional[one]), scores(denoiser, t, nothing[one])
-        with torch.no_grad():
-            v = s_c(x[one]) - s_u(x[one])
-        expected.append((product(s_c, x[one], v) - product(s_u, x[one], v)).norm())
+        v = s_c(x) - s_u(x)
+    expected = (product(s_c, x, v) - product(s_u, x, v)).flatten(1).norm(dim=1)
     return sharpness(denoiser, x, t, conditional, nothing, d), expected
 
 
-@pytest.mark.parametrize(
-    ("kind", "t"), [("epsilon", 981), ("v_prediction", 981), ("v_prediction", 41), ("sample", 500)]
-)
+@pytest.mark.parametrize(("kind", "t"), [("epsilon", 981), ("v_prediction", 981), ("sample", 41)])
 def test_the_sharpness_is_of_the_scores(folders: dict[str, Path], kind: str, t: int) -> None:
     denoiser = load(folders[kind], "float64")
     found, expected = found_and_expected(denoiser, t, central_difference)
@@ -358,7 +352,7 @@ def test_a_captions_signals_do_not_depend_on_its_batch(folders: dict[str, Path],
     denoiser = load(folders[family])
     captions = [f"a dog on mat {i}" + ", and so on" * i for i in range(10)]
     together = all_of_them(denoiser, captions, denoiser.first_timestep(50), late_timestep(denoiser))
-    for i in (0, 7, 9):
+    for i in (0, 9):
         alone = all_of_them(denoiser, [captions[i]], denoiser.first_timestep(50), late_timestep(denoiser))
         for name, values in together.items():
             np.testing.assert_allclose(alone[name], values[i : i + 1], rtol=1e-5, err_msg=name)
