@@ -120,7 +120,7 @@ def evaluate(spec: str, prompts: Prompts, dtype: str, batch_size: int, rounds: i
     Scorer(denoiser, 1, batch_size).score(captions[:batch_size])  # warms up
     ways: dict[tuple[str, int], Callable[[], Floats]] = {}
     for n in SEEDS:
-        ways["cached", n] = lambda n=n: Scorer(denoiser, n, batch_size).score(captions)
+        ways["cached", n] = lambda n=n: Scorer(denoiser, n, batch_size).score(captions)[:, :, 0]
         ways["two-pass", n] = lambda n=n: two_passes(denoiser, captions, n, batch_size)
     scores: dict[tuple[str, int], Floats] = {}
     seconds: dict[tuple[str, int], list[float]] = {way: [] for way in ways}

@@ -344,7 +344,8 @@ def _columns(norms: Floats, scoring: Scoring) -> tuple[Floats, pa.Array, pa.Arra
     """Return magnitude, epsilon-scale magnitude and the values of all seeds and timesteps, a row a score."""
     raw = norms.mean(axis=(1, 2), dtype=np.float64).astype(np.float32)
     eps = scoring.on_epsilon_scale(norms)
-    return raw, pa.array(eps, mask=np.isnan(eps)), pa.array(list(norms.reshape(len(norms), -1)), pa.list_(pa.float32()))
+    values = norms.reshape(len(norms), norms.shape[1] * norms.shape[2])
+    return raw, pa.array(eps, mask=np.isnan(eps)), pa.array(list(values), pa.list_(pa.float32()))
 
 
 def _score_shard(

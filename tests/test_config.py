@@ -48,8 +48,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "single_file_config": None,
         "mode": "prompt",
         "seeds": 1,
+        "timesteps": [200, 400, 600, 800],
+        "steps": 50,
+        "guidance": 7.5,
+        "signals": [],
         "dtype": "auto",
         "batch_size": 64,
+        "compile": False,
+        "devices": None,
         "threshold": None,
     },
     "policy": {
@@ -98,6 +104,13 @@ OTHERS: dict[str, Any] = {
     "captions.encoder": "model2vec:a/folder",
     "captions.encoder_similarity": 0.9,
     "magnitude.model": "some/model",
+    "magnitude.mode": "pair",
+    "magnitude.timesteps": [500, 100],
+    "magnitude.steps": 10,
+    "magnitude.guidance": 2.0,
+    "magnitude.signals": ["sharpness", "anisotropy"],
+    "magnitude.compile": True,
+    "magnitude.devices": ["cuda:1", "cuda:0"],
     "magnitude.seeds": 4,
     "magnitude.dtype": "bfloat16",
     "magnitude.batch_size": 1,
@@ -198,6 +211,7 @@ def test_the_defaults_written_as_yaml_are_read_back(tmp_path: Path) -> None:
         "{false_positive_rate: 0, reference: captions.txt}",
         "{false_positive_rate: 0.01, reference: captions.txt}",
         "{false_positive_rate: 0.01, labelled: captions.csv}",
+        "{saved: run/manifest/threshold.json}",
     ],
 )
 def test_a_threshold_is_a_number_a_quantile_or_a_false_positive_rate(value: str, tmp_path: Path) -> None:
@@ -279,6 +293,12 @@ WRONG = {
     "magnitude.model": ["3", "{}"],
     "magnitude.mode": ["image", "null"],
     "magnitude.seeds": ["0", "-1", "2.5"],
+    "magnitude.timesteps": ["[]", "[1001]", "[-1]", "[5, 5]", "[1.5]", "5"],
+    "magnitude.steps": ["0", "51", "null"],
+    "magnitude.guidance": ["-1.0", ".inf"],
+    "magnitude.signals": ["[entropy]", "[sharpness, sharpness]", "sharpness"],
+    "magnitude.compile": ["'yes'", "null"],
+    "magnitude.devices": ["[]", "3"],
     "magnitude.dtype": ["float64", "null"],
     "magnitude.batch_size": ["0", "big"],
     "magnitude.threshold": [
@@ -447,8 +467,8 @@ def test_laying_a_file_over_a_base_leaves_the_base_alone(tmp_path: Path) -> None
 # -- digests ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_keys_tested_here_are_all_keys_but_those_with_one_value() -> None:
-    assert set(KEYS) - set(OTHERS) == {"magnitude.mode"}
+def test_the_keys_tested_here_are_all_keys() -> None:
+    assert set(KEYS) == set(OTHERS)
 
 
 @pytest.mark.parametrize("key", OTHERS)
