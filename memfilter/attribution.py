@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .config import GUIDANCE, STEPS
 from .denoisers import Condition, Denoiser, Token, find_model, load_denoiser
 from .errors import ConfigError, ModelError
-from .magnitude import STEPS
 from .manifest import Manifest
 from .store import Store, read_table
 from .summary import printable
@@ -28,7 +28,6 @@ from .summary import printable
 if TYPE_CHECKING:
     import torch
 
-GUIDANCE = 7.5
 _WIDTH = 30  # of the longest bar
 
 
@@ -168,9 +167,7 @@ def explain(
     spec = model or (own and own[0])
     if spec is None:
         raise ConfigError(f"{directory}: the run has no model; give one that has seen the data with --model")
-    scored = scoring["files"] if scoring is not None else {}
-    with_images = any(name.startswith("vae/") and name.endswith(".safetensors") for name in scored)
-    files = find_model(spec, with_images, *own[3:]) if own else find_model(spec)
+    files = find_model(spec, settings["mode"] == "pair", *(own[3:] if own else ()))
     if scoring is not None and (other := {f for f, _ in files.files.items() ^ scoring["files"].items()}):
         raise ModelError(f"{spec}: not the run's model: its {min(other)} is another; say where that lies with --model")
     found = attribute(load_denoiser(files, settings["dtype"]), caption, steps, settings["seeds"])

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import executors, manifest, sink
 from .caption_groups import caption_keepers, check_captions
-from .config import Config, Input, Magnitude, digest_of
+from .config import Config, Input, digest_of
 from .decisions import decide
 from .denoisers import ModelFiles, find_model
 from .edges import find_edges, similarity
@@ -25,15 +25,18 @@ from .errors import ConfigError, RunError
 from .generalisation import FLAGS, flagged, general_captions, outcome, read_generalised, rewrite
 from .generality import Rater, find_rater, generality_outcome, score_generality
 from .groups import distinct_captions, group, load_samples
-from .magnitude import check_threshold, score_captions, threshold
 from .manifest import Manifest
 from .records import ACTIONS, MANIFEST, MASK, Decisions, Samples, Scores, Shard
 from .rewriters import Answer, find_rewriter
+from .scores import score_captions, score_pairs
 from .shards import find_shards
 from .signatures import DuplicateGauge, Signed, check_hash, is_signed, sign, versions, was_skipped
 from .store import Store, read_digest, read_note
 from .summary import statistics
 from .tagging import public_tagger
+from .thresholds import check_threshold, find_threshold
+
+_MODEL_PARTS = ("denoiser", "lora", "lora_scale", "single_file_config")  # what may stand in for a model's own
 
 
 def run(patterns: list[str], out: str | Path, config: Config | None = None, workers: int | None = None) -> Manifest:
@@ -52,7 +55,7 @@ def run(patterns: list[str], out: str | Path, config: Config | None = None, work
     check_hash(config)
     image_encoder(config.images.encoder)  # one that cannot be had is told before anything is written
     check_captions(config)
-    model = _find_model(config.magnitude)
+    model = _model(config)
     rater = find_rater(config)
     with store.locked():
         _forget_changed(shards, stored, store)
@@ -136,8 +139,8 @@ class _Finished:
         check_threshold(self.config)
         check_hash(self.config)
         check_captions(self.config)
-        if _named(self.config.magnitude) != _named(before.magnitude):
-            self.model = _find_model(self.config.magnitude)
+        if _model_settings(self.config) != _model_settings(before):
+            self.model = _model(self.config)
         self.rater = find_rater(self.config)
 
     def check(self) -> None:
@@ -174,9 +177,15 @@ def _decide_and_write(
     groups = group(samples, edges, caption, keepers, config)
     rewritten = read_generalised(store)
     further = rewritten["general"].drop_null() if rewritten is not None else None
-    scores = score_captions(captions["text"], read_digest(store.captions), model, store, config, _scoring_bar, further)
-    generality = score_generality(captions["text"], read_digest(store.captions), rater, store, _generality_bar, further)
-    limit = threshold(config, scores, caption[samples.good])
+    digest = read_digest(store.captions)
+    scores = None
+    if model and config.magnitude.mode == "pair":
+        scores = score_pairs(samples, caption, len(captions), model, store, config, _scoring_bar)
+    elif model:
+        scores = score_captions(captions["text"], caption, digest, model, store, config, _scoring_bar, further)
+    generality = score_generality(captions["text"], digest, rater, store, _generality_bar, further)
+    threshold = find_threshold(config, scores, samples.good)
+    limit = threshold.magnitude if threshold else None
     general = general_captions(rewritten, captions, scores, limit)
     decisions = decide(samples, groups, captions, scores, limit, config.policy, general)
     about = _about(samples, decisions, scores, limit, store, config)
@@ -188,7 +197,27 @@ def _decide_and_write(
         _write_shards(samples, decisions, store, workers, config.input)
     else:
         sink.write_sizes(store.shards, {})  # those of an earlier decision go
+    if threshold:
+        threshold.save(store.threshold)
+    else:
+        store.threshold.unlink(missing_ok=True)
     return manifest.finish(store, samples, decisions, about)
+
+
+def _model(config: Config) -> ModelFiles | None:
+    """Return the files of the model that is named; raises ModelError, and ConfigError for parts of none."""
+    settings = config.magnitude
+    if settings.model:
+        parts = settings.model_dump(include={*_MODEL_PARTS})
+        return find_model(settings.model, images=settings.mode == "pair", **parts)
+    if given := [part for part in _MODEL_PARTS if getattr(settings, part) and part != "lora_scale"]:
+        raise ConfigError(f"magnitude.{given[0]} is given and no model; give --model or magnitude.model")
+    return None
+
+
+def _model_settings(config: Config) -> dict[str, Any]:
+    settings = config.magnitude
+    return {**settings.model_dump(include={"model", *_MODEL_PARTS}), "images": settings.mode == "pair"}
 
 
 # -- the two stages that go shard by shard ----------------------------------------------------------------------------
@@ -239,8 +268,11 @@ def _write_shards(samples: Samples, decisions: Decisions, store: Store, workers:
     sink.write_sizes(store.shards, counts)
 
 
-def _scoring_bar(chunks: Iterator[int], total: int) -> Iterator[int]:
-    return iter(tqdm(chunks, total=total, desc="magnitudes", unit="chunk", disable=None))
+def _scoring_bar(sizes: Iterator[int], total: int, unit: str) -> Iterator[int]:
+    with tqdm(total=total, desc="magnitudes", unit=unit, disable=None) as bar:
+        for size in sizes:
+            bar.update(size)
+            yield size
 
 
 def _generality_bar(chunks: Iterator[int], total: int) -> Iterator[int]:
@@ -265,21 +297,6 @@ def _refuse_nesting(patterns: list[str], shards: list[Shard], out: Path) -> None
                 raise ConfigError(f"{place}: lies in an input folder, or holds one ({folder}); give another --out")
 
 
-def _named(settings: Magnitude) -> dict[str, Any]:
-    return settings.model_dump(include={"model", "denoiser", "lora", "lora_scale", "single_file_config"})
-
-
-def _find_model(settings: Magnitude) -> ModelFiles | None:
-    """Return the files of the model that is named; raises ModelError, and ConfigError for parts of no model."""
-    named = _named(settings)
-    spec = named.pop("model")
-    if spec is None:
-        if given := [key for key in ("denoiser", "lora", "single_file_config") if named[key]]:
-            raise ConfigError(f"magnitude.{given[0]} is given and no model; give --model or magnitude.model")
-        return None
-    return find_model(spec, **named)
-
-
 def _about(
     samples: Samples, decisions: Decisions, scores: Scores | None, limit: float | None, store: Store, config: Config
 ) -> dict[str, Any]:
@@ -291,11 +308,12 @@ def _about(
     for key in ("denoiser", "lora", "single_file_config"):  # by their own names, as the model
         if named := dump["magnitude"][key]:
             dump["magnitude"][key] = Path(named).resolve().name if Path(named).exists() else named
+    del dump["magnitude"]["devices"]  # which, and how many, is no part of the result
     dump["generality"]["tagger"] = public_tagger(config.generality.tagger)
     del dump["generality"]["wordnet"]  # where it lies; what it holds stands in `generality`
     del dump["generalise"]  # what was rewritten, and by what, stands in `generalised`
     if isinstance(wanted := dump["magnitude"]["threshold"], dict):
-        wanted.update((key, Path(wanted[key]).name) for key in ("reference", "labelled") if key in wanted)
+        wanted.update((key, Path(wanted[key]).name) for key in ("reference", "labelled", "saved") if key in wanted)
     shards = []
     for shard, start, end in zip(samples.shards, samples.first, samples.first[1:], strict=False):
         counts = np.bincount(decisions.action[start:end], minlength=len(ACTIONS)).tolist()

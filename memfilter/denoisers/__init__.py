@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,7 +61,7 @@ class ModelFiles:
 
     spec: str
     name: str
-    files: dict[str, str]
+    files: dict[str, str] = field(hash=False)
     denoiser: str | None = None
     lora: str | None = None
     lora_scale: float = 1.0
@@ -229,20 +229,20 @@ def _family(index: Index) -> Any:
     return family
 
 
-def load_denoiser(model: ModelFiles, dtype: str) -> Denoiser:
-    """Return the pipeline's denoiser on the GPU if there is one, else on the CPU, in evaluation mode.
+def load_denoiser(model: ModelFiles, dtype: str, device: str | None = None) -> Denoiser:
+    """Return the pipeline's denoiser on a device, by default the GPU if there is one, else the CPU, for evaluation.
 
     `auto` is float16 on a GPU and float32 on a CPU.  Raises ModelError for a pipeline that cannot be loaded whole or is
     of a family that has no adapter, and for a LoRA that does not fit.
     """
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind = {"auto": "float16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = {"auto": "float16" if place.type == "cuda" else "float32"}.get(dtype, dtype)
     source, family = _source(model.spec, model.denoiser, model.lora, model.lora_scale, model.single_file_config)
     try:
         with quiet():
-            denoiser: Denoiser = family(source, device, getattr(torch, kind))
+            denoiser: Denoiser = family(source, place, getattr(torch, kind))
             if source.lora:
                 fuse(cast(Family, denoiser), source.lora, source.lora_scale)
             return denoiser
