@@ -167,9 +167,7 @@ def explain(
     spec = model or (own and own[0])
     if spec is None:
         raise ConfigError(f"{directory}: the run has no model; give one that has seen the data with --model")
-    scored = scoring["files"] if scoring is not None else {}
-    with_images = any(name.startswith("vae/") and name.endswith(".safetensors") for name in scored)
-    files = find_model(spec, with_images, *own[3:]) if own else find_model(spec)
+    files = find_model(spec, settings["mode"] == "pair", *(own[3:] if own else ()))
     if scoring is not None and (other := {f for f, _ in files.files.items() ^ scoring["files"].items()}):
         raise ModelError(f"{spec}: not the run's model: its {min(other)} is another; say where that lies with --model")
     found = attribute(load_denoiser(files, settings["dtype"]), caption, steps, settings["seeds"])

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import executors, manifest, sink
 from .caption_groups import caption_keepers, check_captions
-from .config import Config, Input, Magnitude, digest_of
+from .config import Config, Input, digest_of
 from .decisions import decide
 from .denoisers import ModelFiles, find_model
 from .edges import find_edges, similarity
@@ -36,6 +36,8 @@ from .summary import statistics
 from .tagging import public_tagger
 from .thresholds import check_threshold, find_threshold
 
+_MODEL_PARTS = ("denoiser", "lora", "lora_scale", "single_file_config")  # what may stand in for a model's own
+
 
 def run(patterns: list[str], out: str | Path, config: Config | None = None, workers: int | None = None) -> Manifest:
     """Read the shards and leave a manifest, and filtered shards if wanted, in `out`; return the manifest.
@@ -53,7 +55,7 @@ def run(patterns: list[str], out: str | Path, config: Config | None = None, work
     check_hash(config)
     image_encoder(config.images.encoder)  # one that cannot be had is told before anything is written
     check_captions(config)
-    model = _find_model(config.magnitude)
+    model = _model(config)
     rater = find_rater(config)
     with store.locked():
         _forget_changed(shards, stored, store)
@@ -137,9 +139,8 @@ class _Finished:
         check_threshold(self.config)
         check_hash(self.config)
         check_captions(self.config)
-        named = _named(self.config.magnitude)
-        if self.config.magnitude.mode != before.magnitude.mode or named != _named(before.magnitude):
-            self.model = _find_model(self.config.magnitude)
+        if _model_settings(self.config) != _model_settings(before):
+            self.model = _model(self.config)
         self.rater = find_rater(self.config)
 
     def check(self) -> None:
@@ -201,6 +202,22 @@ def _decide_and_write(
     else:
         store.threshold.unlink(missing_ok=True)
     return manifest.finish(store, samples, decisions, about)
+
+
+def _model(config: Config) -> ModelFiles | None:
+    """Return the files of the model that is named; raises ModelError, and ConfigError for parts of none."""
+    settings = config.magnitude
+    if settings.model:
+        parts = settings.model_dump(include={*_MODEL_PARTS})
+        return find_model(settings.model, images=settings.mode == "pair", **parts)
+    if given := [part for part in _MODEL_PARTS if getattr(settings, part) and part != "lora_scale"]:
+        raise ConfigError(f"magnitude.{given[0]} is given and no model; give --model or magnitude.model")
+    return None
+
+
+def _model_settings(config: Config) -> dict[str, Any]:
+    settings = config.magnitude
+    return {**settings.model_dump(include={"model", *_MODEL_PARTS}), "images": settings.mode == "pair"}
 
 
 # -- the two stages that go shard by shard ----------------------------------------------------------------------------
@@ -280,21 +297,6 @@ def _refuse_nesting(patterns: list[str], shards: list[Shard], out: Path) -> None
                 raise ConfigError(f"{place}: lies in an input folder, or holds one ({folder}); give another --out")
 
 
-def _named(settings: Magnitude) -> dict[str, Any]:
-    return settings.model_dump(include={"model", "denoiser", "lora", "lora_scale", "single_file_config"})
-
-
-def _find_model(settings: Magnitude) -> ModelFiles | None:
-    """Return the files of the model that is named; raises ModelError, and ConfigError for parts of no model."""
-    named = _named(settings)
-    spec = named.pop("model")
-    if spec is None:
-        if given := [key for key in ("denoiser", "lora", "single_file_config") if named[key]]:
-            raise ConfigError(f"magnitude.{given[0]} is given and no model; give --model or magnitude.model")
-        return None
-    return find_model(spec, images=settings.mode == "pair", **named)
-
-
 def _about(
     samples: Samples, decisions: Decisions, scores: Scores | None, limit: float | None, store: Store, config: Config
 ) -> dict[str, Any]:
@@ -303,10 +305,10 @@ def _about(
     dump["images"]["encoder"] = public_name(config.images.encoder)
     dump["captions"]["encoder"] = public_caption_name(config.captions.encoder)
     dump["magnitude"]["model"] = scores and scores.info["model"]
-    del dump["magnitude"]["devices"]  # which, and how many, is no part of the result
     for key in ("denoiser", "lora", "single_file_config"):  # by their own names, as the model
         if named := dump["magnitude"][key]:
             dump["magnitude"][key] = Path(named).resolve().name if Path(named).exists() else named
+    del dump["magnitude"]["devices"]  # which, and how many, is no part of the result
     dump["generality"]["tagger"] = public_tagger(config.generality.tagger)
     del dump["generality"]["wordnet"]  # where it lies; what it holds stands in `generality`
     del dump["generalise"]  # what was rewritten, and by what, stands in `generalised`

@@ -262,7 +262,7 @@ class Family:
 
     settings: dict[str, Any]
     latent_shape: tuple[int, int, int]
-    _denoiser: Any
+    _network: Any
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         self._source, self.device, self.dtype = source, device, dtype
@@ -352,7 +352,7 @@ class Family:
 
     def lora_parts(self) -> dict[str, Any]:
         """Return by name the models into which a LoRA of this family may go."""
-        return {self.denoiser[0]: self._denoiser}
+        return {self.denoiser[0]: self._network}
 
     def _load(self, kind: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
         """Return a model of which every weight was in the folder's safetensors files, or in the single file.
@@ -398,24 +398,25 @@ class Family:
         part, kind = self.denoiser
         folder = self._source.denoiser or self._source.folder / part
         # cast as well: diffusers leaves some of them in float32 where accelerate is not installed
-        return self._load(getattr(diffusers, kind), folder).to(self.dtype)
+        self._network = self._load(getattr(diffusers, kind), folder).to(self.dtype)
+        return self._network
+
+    def _check_width(self, found: int) -> None:
+        """Raise ModelError unless the denoiser takes text states of this width."""
+        expected = self._network.config[self.width]
+        if isinstance(expected, int) and found != expected:
+            raise ModelError(
+                f"its text states are {found} wide, and its {self.denoiser[0]} takes {expected} ({self.width}): these "
+                "are parts of different models"
+            )
 
     def compile(self) -> None:
         """Have torch compile the denoiser for batches of one size, with CUDA graphs where it runs on a GPU."""
         import torch
 
         if self.device.type == "cuda":  # its convolutions are fastest so
-            self._denoiser.to(memory_format=torch.channels_last)
-        self._denoiser.compile(mode="reduce-overhead" if self.device.type == "cuda" else "default", dynamic=False)
-
-    def _check_width(self, found: int) -> None:
-        """Raise ModelError unless the denoiser takes text states of this width."""
-        expected = self._denoiser.config[self.width]
-        if isinstance(expected, int) and found != expected:
-            raise ModelError(
-                f"its text states are {found} wide, and its {self.denoiser[0]} takes {expected} ({self.width}): these "
-                "are parts of different models"
-            )
+            self._network.to(memory_format=torch.channels_last)
+        self._network.compile(mode="reduce-overhead" if self.device.type == "cuda" else "default", dynamic=False)
 
     def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
         import torch

@@ -35,7 +35,7 @@ class Flux(Flow, Family):
         self._t5_tokenizer = T5TokenizerFast.from_pretrained(folder / "tokenizer_2", local_files_only=True)
         self._clip = self._load(CLIPTextModel, folder / "text_encoder")
         self._t5 = self._load(T5EncoderModel, folder / "text_encoder_2")
-        self._transformer = self._denoiser = self._load_denoiser()
+        self._transformer = self._load_denoiser()
         self._check_width(self._t5.config.d_model)
         self._read_schedule(folder)
         side = latent_side(folder)

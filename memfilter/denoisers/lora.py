@@ -49,12 +49,12 @@ def fuse(denoiser: Family, file: Path, scale: float) -> None:
     unet = {"unet_config": parts["unet"].config} if "unet" in parts else {}
     try:
         out = pipeline.lora_state_dict(str(file.parent), **where, **unet)
+        state = out[0] if isinstance(out, tuple) else out
+        misfits = _misfits(state, parts)
     except Exception as e:  # diffusers raises what it likes
-        raise ModelError(
-            f"{file}: no LoRA that diffusers reads for this model: {' '.join(str(e).split())[:200]}"
-        ) from e
-    state = out[0] if isinstance(out, tuple) else out
-    if misfits := _misfits(state, parts):
+        cause = " ".join(str(e).split())[:200]
+        raise ModelError(f"{file}: no LoRA that diffusers reads for this model: {cause}") from e
+    if misfits:
         raise ModelError(
             f"{file}: {len(misfits)} of the LoRA's {len(state)} keys do not fit the model, such as {misfits[0]}; "
             "it is of another model"

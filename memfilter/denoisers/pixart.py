@@ -28,7 +28,7 @@ class PixArt(Diffusion, Family):
         folder, index = source.folder, source.index
         self._tokenizer = T5TokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._text_encoder = self._load(T5EncoderModel, folder / "text_encoder")
-        self._transformer = self._denoiser = self._load_denoiser()
+        self._transformer = self._load_denoiser()
         self._check_width(self._text_encoder.config.d_model)
         self._read_schedule(folder)
         self.latent_shape = square(self._transformer.config.sample_size, self._transformer.config.in_channels)

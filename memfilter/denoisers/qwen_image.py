@@ -37,7 +37,7 @@ class QwenImage(Flow, Family):
         self._text_encoder = self._load_language_model(
             Qwen2_5_VLForConditionalGeneration, folder / "text_encoder"
         ).model
-        self._transformer = self._denoiser = self._load_denoiser()
+        self._transformer = self._load_denoiser()
         self._check_width(self._text_encoder.language_model.config.hidden_size)
         self._read_schedule(folder)
         self.latent_shape = (self._transformer.config.in_channels // 4, _SIDE, _SIDE)

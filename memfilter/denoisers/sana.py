@@ -35,7 +35,7 @@ class Sana(Flow, Family):
         self._tokenizer = GemmaTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._tokenizer.padding_side = "right"
         self._text_encoder = self._load_language_model(Gemma2Model, folder / "text_encoder")
-        self._transformer = self._denoiser = self._load_denoiser()
+        self._transformer = self._load_denoiser()
         self._check_width(self._text_encoder.config.hidden_size)
         self._read_schedule(folder)
         self.latent_shape = square(self._transformer.config.sample_size, self._transformer.config.in_channels)

@@ -41,7 +41,7 @@ class StableDiffusion(Diffusion, Family):
         folder = source.folder
         self._tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._text_encoder = self._load(CLIPTextModel, folder / "text_encoder")
-        self._unet = self._denoiser = self._load_denoiser()
+        self._unet = self._load_denoiser()
         self._check_width(_width(self._text_encoder))
         # Stable Diffusion counts its steps from 1, as its own pipeline insists
         self._read_schedule(folder, steps_offset=1)
@@ -129,7 +129,7 @@ class StableDiffusionXL(Diffusion, _TwoClips):
         super().__init__(source, device, dtype)
         folder, index = source.folder, source.index
         self._read_clips(folder, CLIPTextModel, CLIPTextModelWithProjection)
-        self._unet = self._denoiser = self._load_denoiser()
+        self._unet = self._load_denoiser()
         self._check_width(sum(map(_width, self._text_encoders)))
         self._read_schedule(folder, steps_offset=1)
         self.latent_shape = _latent_shape(self._unet.config)
@@ -201,7 +201,7 @@ class StableDiffusion3(Flow, _TwoClips):
         if has(index, "text_encoder_3"):
             self._t5_tokenizer = T5TokenizerFast.from_pretrained(folder / "tokenizer_3", local_files_only=True)
             self._t5 = self._load(T5EncoderModel, folder / "text_encoder_3")
-        self._transformer = self._denoiser = self._load_denoiser()
+        self._transformer = self._load_denoiser()
         # the CLIPs' states are padded to the width of the T5's
         wide = self._t5.config.d_model if self._t5 else self._transformer.config.joint_attention_dim
         self._check_width(max(wide, sum(map(_width, self._text_encoders))))

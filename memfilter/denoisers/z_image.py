@@ -28,7 +28,7 @@ class ZImage(Flow, Family):
         folder = source.folder
         self._tokenizer = Qwen2TokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._text_encoder = self._load_but_last_layer(Qwen3Model, folder / "text_encoder")
-        self._transformer = self._denoiser = self._load_denoiser()
+        self._transformer = self._load_denoiser()
         self._check_width(self._text_encoder.config.hidden_size)
         self._read_schedule(folder)
         side = latent_side(folder)
