@@ -64,7 +64,7 @@ class OnlineMask:
         counted = torch.ones_like(kept) if trained is None else trained
         self.seen = self.seen.to(kept.device) + counted.sum()
         self.kept = self.kept.to(kept.device) + (kept & counted).sum()
-        self.last = kept.float()
+        self.last = (kept | ~counted).float()  # 1 for what the manifest masks: no finding of this mask
         return self.last
 
 
