@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from .errors import ConfigError, RunError
+from .errors import ConfigError, InputError, RunError, in_one_line
 from .records import (
     ACTIONS,
     CAPTION_METHODS,
@@ -232,8 +233,9 @@ def _write_lookup(store: Store, samples: Samples, uid: pa.Array, decisions: Deci
 class Manifest:
     """An opened manifest.  Cheap to open and to send to other processes: tables are read when they are asked for."""
 
-    def __init__(self, path: Path, info: dict[str, Any], root: str | None) -> None:
+    def __init__(self, path: Path, info: dict[str, Any], root: str | None, online: Ints | None = None) -> None:
         self.path, self.info, self.root = path, info, root
+        self._online = online  # places in the look-up file that training masked, sorted
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
@@ -255,7 +257,7 @@ class Manifest:
         return cls(store.path, info, run.get("root"))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Manifest, (self.path, self.info, self.root)
+        return Manifest, (self.path, self.info, self.root, self._online)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -277,14 +279,35 @@ class Manifest:
 
     def weight(self, shard: str, key: str | bytes) -> float:
         """Return the loss weight of the sample with this key in the shard of this name; raises KeyError."""
-        return float(self._lookup["weight"][self._find(shard, key)])
+        return self._weight("weight", self._find(shard, key))
 
     def pool_weight(self, shard: str, key: str | bytes) -> float:
         """Return the loss weight of a sample where samples train on their pooled captions; raises KeyError.
 
         It differs from `weight` where the sample, or one of its groups, is masked for its caption's magnitude alone.
         """
-        return float(self._lookup["pool_weight"][self._find(shard, key)])
+        return self._weight("pool_weight", self._find(shard, key))
+
+    def with_online(self, *paths: str | Path, share: float = 0.5) -> Manifest:
+        """Return this manifest with weight 0 for what training masked in at least `share` of the times it was seen.
+
+        `paths` are files of `memfilter.training.Sightings`, of all processes and sessions, and are added up.  The
+        weights change, also those of pooled captions, and so does what `attach` gives; the run's rows stay as they are.
+        Raises InputError for a file that is none, ConfigError for a share out of range, and KeyError for a sample that
+        the manifest does not know.
+        """
+        if not 0 < share <= 1:
+            raise ConfigError(f"with_online(share={share}): above 0 and at most 1")
+        rows = pa.concat_tables([_SIGHTINGS.empty_table(), *(_read_sightings(Path(path)) for path in paths)])
+        shards = rows["shard"].unique()
+        names = pa.array([name if name in self._names else self.shard_of(name) for name in shards.to_pylist()])
+        rows = rows.set_column(0, "shard", names.take(pc.index_in(rows["shard"], shards).combine_chunks()))
+        counts = rows.group_by(["shard", "key"]).aggregate([("seen", "sum"), ("masked", "sum")])
+        often = counts.filter(pc.greater_equal(counts["masked_sum"], pc.multiply(counts["seen_sum"], share)))
+        pairs = zip(often["shard"].to_pylist(), often["key"].to_pylist(), strict=True)
+        places = np.array([self._find(shard, key) for shard, key in pairs], np.int64)
+        earlier = places[:0] if self._online is None else self._online
+        return Manifest(self.path, self.info, self.root, np.union1d(earlier, places))
 
     def mitigate(self, shard: str, key: str | bytes) -> bool:
         """Tell whether the sample's caption is handed over to mitigation in training; raises KeyError."""
@@ -346,6 +369,13 @@ class Manifest:
         batch = pa.ipc.open_file(source).get_batch(0)
         return {name: batch.column(name).to_numpy() for name in batch.schema.names}
 
+    def _weight(self, column: str, place: int) -> float:
+        if self._online is not None:
+            at = int(np.searchsorted(self._online, place))
+            if at < len(self._online) and self._online[at] == place:
+                return 0.0
+        return float(self._lookup[column][place])
+
     def _find(self, shard: str, key: str | bytes) -> int:
         raw = key.encode("utf-8", "surrogateescape") if isinstance(key, str) else key
         if self.info["config"]["input"]["uid_field"] is not None:
@@ -370,6 +400,16 @@ class Manifest:
     @cached_property
     def _parts(self) -> dict[int, pa.Table]:
         return {}
+
+
+_SIGHTINGS = pa.schema([("shard", pa.string()), ("key", pa.string()), ("seen", pa.int64()), ("masked", pa.int64())])
+
+
+def _read_sightings(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=_SIGHTINGS.names).cast(_SIGHTINGS)
+    except (OSError, ValueError, pa.ArrowException) as e:
+        raise InputError(f"{path}: not a file that Sightings.save() wrote: {in_one_line(e)}") from e
 
 
 class Attach:

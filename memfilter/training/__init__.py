@@ -1,5 +1,19 @@
 """What a training loop does with the manifest."""
 
-from .losses import masked_loss
+from .losses import MaskedLoss, harmless, masked_loss, total_weight
+from .online import AntiGradientControl, MagnitudeMask, OnlineMask, Step
+from .schedules import Schedule
+from .sightings import Sightings
 
-__all__ = ["masked_loss"]
+__all__ = [
+    "AntiGradientControl",
+    "MagnitudeMask",
+    "MaskedLoss",
+    "OnlineMask",
+    "Schedule",
+    "Sightings",
+    "Step",
+    "harmless",
+    "masked_loss",
+    "total_weight",
+]
