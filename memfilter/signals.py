@@ -83,7 +83,7 @@ def entropy_layer(denoiser: Denoiser) -> tuple[str, Any]:
     import torch
     from diffusers.models.attention_processor import Attention
 
-    parts = [part for part in vars(denoiser).values() if isinstance(part, torch.nn.Module)]
+    parts = dict.fromkeys(part for part in vars(denoiser).values() if isinstance(part, torch.nn.Module))
     layers = [
         (name, module)
         for part in parts

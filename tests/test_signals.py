@@ -108,7 +108,7 @@ def test_the_entropy_is_that_of_the_layers_own_queries_and_keys(folders: dict[st
             length = one.states.shape[1]
             kept = np.ones(length, bool) if one.mask is None else one.mask[0].bool().numpy()
             expected = plain_entropy(layer, fed[-1]["hidden_states"], fed[-1]["encoder_hidden_states"], kept)
-            assert float(read()[i]) == pytest.approx(expected, rel=1e-4)
+            assert float(read()[i]) == pytest.approx(expected, rel=1e-5)
             assert 0 < expected <= math.log(kept.sum())
     hook.remove()
 
