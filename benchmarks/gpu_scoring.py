@@ -52,6 +52,7 @@ class Shape:
     pipeline: str
     unet: dict[str, Any]
     clips: tuple[dict[str, Any], ...]
+    batch_sizes: tuple[int, ...]
     weight: int  # of its sections in the time
 
 
@@ -76,6 +77,7 @@ SHAPES = {
             "attention_head_dim": 8,
         },
         ({**_CLIP_L, "projection_dim": 768, "hidden_act": "quick_gelu"},),
+        batch_sizes=(32, 64, 128),
         weight=2,
     ),
     "sdxl": Shape(
@@ -94,6 +96,7 @@ SHAPES = {
             {**_CLIP_L, "projection_dim": 768, "hidden_act": "quick_gelu"},
             {**_CLIP_G, "projection_dim": 1280, "hidden_act": "gelu"},
         ),
+        batch_sizes=(8, 16, 32),
         weight=3,
     ),
 }
@@ -103,6 +106,7 @@ SMALL = {
         "StableDiffusionPipeline",
         {"sample_size": 8, "block_out_channels": (32, 32, 64, 64), "cross_attention_dim": 32, "attention_head_dim": 8},
         ({**_CLIP_SMALL, "projection_dim": 32},),
+        batch_sizes=(2, 4),
         weight=1,
     ),
     "sdxl": Shape(
@@ -118,6 +122,7 @@ SMALL = {
             "projection_class_embeddings_input_dim": 6 * 8 + 32,
         },
         ({**_CLIP_SMALL, "projection_dim": 32}, {**_CLIP_SMALL, "projection_dim": 32}),
+        batch_sizes=(2, 4),
         weight=1,
     ),
 }
@@ -130,14 +135,13 @@ class Plan:
     shapes: dict[str, Shape]
     device: str
     dtypes: tuple[str, ...]
-    batch_sizes: tuple[int, ...]
     matrices: tuple[int, ...]  # sides of the matrix products
     seconds: float  # of each timed round
     rounds: int
 
 
-ON_GPU = Plan(SHAPES, "cuda", ("float16", "bfloat16"), (16, 32, 64), (4096, 8192, 16384), 3.0, 2)
-DRY = Plan(SMALL, "cpu", ("float32",), (2, 4), (128, 256), 0.05, 2)
+ON_GPU = Plan(SHAPES, "cuda", ("float16", "bfloat16"), (4096, 8192, 16384), 3.0, 2)
+DRY = Plan(SMALL, "cpu", ("float32",), (128, 256), 0.05, 2)
 
 
 def main() -> None:
@@ -191,11 +195,11 @@ def run_sections(plan: Plan, pairs: list[tuple[str, str]], flags: list[str], sec
 def run_section(model: str, dtype: str, folder: Path, flags: list[str], limit: float) -> dict[str, Any]:
     """Return what a section measured until its end, or until its time was up."""
     command = [sys.executable, __file__, *flags, "--section", model, dtype, str(folder / model)]
-    started, error = time.perf_counter(), None
+    started, error, limit = time.perf_counter(), None, max(limit, 1)
     out = folder / f"{model}-{dtype}.jsonl"
     with out.open("w") as file:
         try:
-            code = subprocess.run(command, stdout=file, timeout=max(limit, 1)).returncode
+            code = subprocess.run(command, stdout=file, timeout=limit).returncode
             error = f"the process ended with {code}" if code else None
         except subprocess.TimeoutExpired:
             error = f"stopped after its {limit:.0f} s"
@@ -208,9 +212,12 @@ def run_section(model: str, dtype: str, folder: Path, flags: list[str], limit: f
 
 def report(plan: Plan, model: str, dtype: str, folder: Path, is_compiled: bool) -> None:
     """Print what is measured of a section, a line of JSON as soon as it is known, and the error that ended it."""
+    from memfilter.denoisers import quiet
+
     try:
-        for part in measured(plan, model, dtype, folder, is_compiled):
-            print(json.dumps(part), flush=True)
+        with quiet():
+            for part in measured(plan, model, dtype, folder, is_compiled):
+                print(json.dumps(part), flush=True)
     except Exception as e:  # the libraries raise what they like, and the other sections go on
         print(json.dumps({"error": f"{type(e).__name__}: {' '.join(str(e).split())[:500]}"}), flush=True)
         raise
@@ -218,12 +225,9 @@ def report(plan: Plan, model: str, dtype: str, folder: Path, is_compiled: bool) 
 
 def measured(plan: Plan, model: str, dtype: str, folder: Path, is_compiled: bool) -> Iterator[dict[str, Any]]:
     """Yield the parts of a section's result, by name."""
-    import torch
-
     from memfilter.denoisers import find_model, load_denoiser
     from memfilter.magnitude import Scorer
 
-    torch.set_grad_enabled(False)
     yield {"device": device_name(plan.device)}
     peak = matrix_peak(plan, dtype)
     yield {"matrix_peak_tflops": round(peak / 1e12, 3)}
@@ -236,7 +240,9 @@ def measured(plan: Plan, model: str, dtype: str, folder: Path, is_compiled: bool
     unet = denoiser._denoiser
     yield {"load_seconds": seconds(), "unet_parameters": sum(p.numel() for p in unet.parameters())}
 
-    rates, calls = eager_rates(plan, denoiser)
+    rates, calls = eager_rates(plan, denoiser, plan.shapes[model].batch_sizes)
+    if not any(rates.values()):
+        raise MemoryError(f"no batch of {min(rates)} captions or more fits")
     size = max((n for n in rates if rates[n]), key=lambda n: rates[n] or 0)
     call = calls[size]
     flops = unet_flops(dict(unet.config), call) / size
@@ -259,7 +265,7 @@ def measured(plan: Plan, model: str, dtype: str, folder: Path, is_compiled: bool
         yield {"compiled": compiled}
         of_batch = parts(plan, denoiser, call, size)
         other = compiled["end_to_end_seconds"] / batches - sum(of_batch.values())
-        yield {"seconds_per_batch": {**of_batch, "other": round(other, 6)}, "recompiled": recompiled()}
+        yield {"seconds_per_batch": {**of_batch, "other": round(other, 6)}, "graphs_compiled": graphs_compiled()}
 
 
 # -- measures ---------------------------------------------------------------------------------------------------------
@@ -270,7 +276,7 @@ def against_bare(plan: Plan, scorer: Any, call: Call, batches: int, flops: float
     import numpy as np
     import torch
 
-    size, unet = scorer.batch_size, scorer.denoiser._denoiser
+    unet = scorer.denoiser._denoiser
     count, found = batches * len(call[0][0]), []
     _reset_peak(plan.device)
     seconds: dict[str, list[float]] = {"bare": [], "end_to_end": []}
@@ -290,7 +296,7 @@ def against_bare(plan: Plan, scorer: Any, call: Call, batches: int, flops: float
         "ratio": round(bare / whole, 4),
         "bare_share_of_peak": round(count / bare * flops / peak, 4),
         "end_to_end_share_of_peak": round(count / whole * flops / peak, 4),
-        "batch_size_at_end": scorer.batch_size if scorer.batch_size != size else size,
+        "batch_size": scorer.batch_size,  # smaller than it was, where memory ran out
         "peak_memory_gib": _peak_memory(plan.device),
         "scores": {
             "count": len(scores),
@@ -332,13 +338,13 @@ def _id_array(size: int) -> Any:
     return np.zeros((size, 77), np.int64)
 
 
-def eager_rates(plan: Plan, denoiser: Any) -> tuple[dict[int, float | None], dict[int, Call]]:
+def eager_rates(plan: Plan, denoiser: Any, sizes: tuple[int, ...]) -> tuple[dict[int, float | None], dict[int, Call]]:
     """Return by batch size the captions per second of the UNet, None where memory is too small, and its call."""
     import torch
 
     rates: dict[int, float | None] = {}
     calls: dict[int, Call] = {}
-    for size in plan.batch_sizes:
+    for size in sizes:
         try:
             calls[size] = args, kwargs = recorded(denoiser, size)
             with torch.inference_mode():
@@ -446,11 +452,11 @@ def graphs_skipped() -> int:
     return int(counters["inductor"]["cudagraph_skips"])
 
 
-def recompiled() -> int:
-    """Return how many graphs torch compiled beyond the first: none, where all calls are of one kind."""
+def graphs_compiled() -> int:
+    """Return how many graphs torch has compiled: one, where all calls are of one kind and none is cut in pieces."""
     from torch._dynamo.utils import counters
 
-    return max(0, int(counters["stats"]["unique_graphs"]) - 1)
+    return int(counters["stats"]["unique_graphs"])
 
 
 def _synchronise(device: str) -> None:
@@ -464,6 +470,7 @@ def _reset_peak(device: str) -> None:
     import torch
 
     if device == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -536,7 +543,14 @@ def build(shape: Shape, folder: Path, device: str) -> None:
         unet=unet,
         text_encoder=encoders[0],
         tokenizer=tokenizer,
-        scheduler=diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        scheduler=diffusers.DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
         **further,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
@@ -551,7 +565,7 @@ def clip_config(clip: dict[str, Any], tokenizer: Any) -> Any:
 
 
 def _tokenizer() -> Any:
-    """Return a CLIP tokenizer with a token for each word of the captions, as the real one has."""
+    """Return a CLIP tokenizer with a token for most words of the captions, as the real one has."""
     from transformers import CLIPTokenizer
 
     words = sorted({word for line in captions(2000) for word in line.split()})
