@@ -237,7 +237,7 @@ def measured(plan: Plan, model: str, dtype: str, folder: Path, is_compiled: bool
     yield {"build_seconds": seconds()}
     with spent() as seconds:
         denoiser: Any = load_denoiser(find_model(str(folder)), dtype, plan.device)
-    unet = denoiser._denoiser
+    unet = denoiser._network
     yield {"load_seconds": seconds(), "unet_parameters": sum(p.numel() for p in unet.parameters())}
 
     rates, calls = eager_rates(plan, denoiser, plan.shapes[model].batch_sizes)
@@ -276,7 +276,7 @@ def against_bare(plan: Plan, scorer: Any, call: Call, batches: int, flops: float
     import numpy as np
     import torch
 
-    unet = scorer.denoiser._denoiser
+    unet = scorer.denoiser._network
     count, found = batches * len(call[0][0]), []
     _reset_peak(plan.device)
     seconds: dict[str, list[float]] = {"bare": [], "end_to_end": []}
@@ -324,7 +324,7 @@ def parts(plan: Plan, denoiser: Any, call: Call, size: int) -> dict[str, float]:
             found["transfer"].append(
                 seconds_of(lambda ids=ids: ([denoiser._tensor(i) for i in ids], scores.cpu()), plan.device)
             )
-        unet = seconds_of(lambda: denoiser._denoiser(*call[0], **call[1]), plan.device, 3)
+        unet = seconds_of(lambda: denoiser._network(*call[0], **call[1]), plan.device, 3)
     medians = {name: statistics.median(values) for name, values in found.items()}
     # a batch is tokenised twice: for the ids of all captions, and for itself; its ids are sent within its encoding
     medians["tokenising"] *= 2
@@ -348,10 +348,10 @@ def eager_rates(plan: Plan, denoiser: Any, sizes: tuple[int, ...]) -> tuple[dict
         try:
             calls[size] = args, kwargs = recorded(denoiser, size)
             with torch.inference_mode():
-                once = seconds_of(lambda a=args, k=kwargs: denoiser._denoiser(*a, **k), plan.device, 2)
+                once = seconds_of(lambda a=args, k=kwargs: denoiser._network(*a, **k), plan.device, 2)
                 count = max(2, round(plan.seconds / 3 / once))
                 rates[size] = size / seconds_of(
-                    lambda a=args, k=kwargs: denoiser._denoiser(*a, **k), plan.device, count
+                    lambda a=args, k=kwargs: denoiser._network(*a, **k), plan.device, count
                 )
         except torch.cuda.OutOfMemoryError:
             rates[size] = None

@@ -58,7 +58,9 @@ class StableDiffusion(Diffusion, Family):
 
     def predict(self, x: torch.Tensor, timestep: float, condition: Condition) -> torch.Tensor:
         """Return the UNet's raw prediction (B, C, H, W)."""
-        out: torch.Tensor = self._unet(x, timestep, encoder_hidden_states=condition.states, return_dict=False)[0]
+        out: torch.Tensor = self._unet(
+            x, self._times(timestep, len(x)), encoder_hidden_states=condition.states, return_dict=False
+        )[0]
         return out
 
     def tokens(self, caption: str) -> tuple[list[Token], int]:
@@ -156,11 +158,18 @@ class StableDiffusionXL(Diffusion, _TwoClips):
 
     def predict(self, x: torch.Tensor, timestep: float, condition: Condition) -> torch.Tensor:
         """Return the UNet's raw prediction (B, C, H, W) for an uncropped image of the latents' size."""
+        import torch
+
         height, width = (side * self._scale for side in x.shape[-2:])
-        sizes = x.new_tensor([[height, width, 0, 0, height, width]]).expand(len(x), -1)
+        # filled in on the device: copying them there would make this process wait for it
+        sizes = torch.stack([x.new_full((len(x),), side) for side in (height, width, 0, 0, height, width)], dim=1)
         added = {"text_embeds": condition.pooled, "time_ids": sizes}
         out: torch.Tensor = self._unet(
-            x, timestep, encoder_hidden_states=condition.states, added_cond_kwargs=added, return_dict=False
+            x,
+            self._times(timestep, len(x)),
+            encoder_hidden_states=condition.states,
+            added_cond_kwargs=added,
+            return_dict=False,
         )[0]
         return out
 
