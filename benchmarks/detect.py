@@ -32,10 +32,11 @@ import numpy as np
 from environment import write_result
 
 from memfilter.calibration import measures
+from memfilter.config import STEPS
 from memfilter.demo.data import TIMES, samples, unseen_captions
 from memfilter.demo.memorized import MODEL
 from memfilter.denoisers import Denoiser, find_model, load_denoiser
-from memfilter.magnitude import STEPS, Scorer
+from memfilter.magnitude import Scorer
 from memfilter.records import Floats
 
 SEEDS = (1, 4)

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .denoisers import Condition, Denoiser, Diffusion, Token, find_model, load_denoiser
+from .config import GUIDANCE, STEPS
+from .denoisers import Condition, Denoiser, Token, find_model, load_denoiser
 from .errors import ConfigError, ModelError
-from .magnitude import STEPS
 from .manifest import Manifest
 from .store import Store, read_table
 from .summary import printable
@@ -28,7 +28,6 @@ from .summary import printable
 if TYPE_CHECKING:
     import torch
 
-GUIDANCE = 7.5
 _WIDTH = 30  # of the longest bar
 
 
@@ -42,7 +41,7 @@ class Attribution:
 
     caption: str
     magnitude: float
-    timesteps: list[int]
+    timesteps: list[float]
     seeds: int
     words: list[tuple[str, float]]
     tokens: list[tuple[str, float]]
@@ -54,16 +53,16 @@ def attribute(
 ) -> Attribution:
     """Return how much each word and token of a caption carries its magnitude.
 
-    Computed at the first `steps` timesteps of the 50-step DDIM schedule, from the scores' own pure noise of each seed:
-    one step, the default, explains the score itself, and 50 are the paper's whole trajectory.  From one timestep to the
-    next the latents follow e_u + guidance * (e_c - e_u).  Gradients are taken by the caption's states alone and
-    averaged over seeds and timesteps.
+    Computed at the first `steps` timesteps of the 50-step DDIM schedule, or of a flow's own, from the scores' own pure
+    noise of each seed: one step, the default, explains the score itself, and 50 are the paper's whole trajectory.  From
+    one timestep to the next the latents follow e_u + guidance * (e_c - e_u).  Gradients are taken by the caption's
+    states alone and averaged over seeds and timesteps.
 
     A word is what stands between white space, and weighs as much as the heaviest of its tokens, so that one that is
     spelt in many is not heavier for it.  Start, end and padding have no part.
 
-    Raises ModelError where the family's states are not those of one tokenizer's tokens, for more than one step of a
-    flow, and for gradients that are not finite or do not fit into memory.
+    Raises ModelError where the family's states are not those of one tokenizer's tokens, and for gradients that are not
+    finite or do not fit into memory.
     """
     import torch
 
@@ -101,14 +100,10 @@ def attribute(
     )
 
 
-def _timesteps(denoiser: Denoiser, steps: int) -> list[int]:
+def _timesteps(denoiser: Denoiser, steps: int) -> list[float]:
     if not 1 <= steps <= STEPS:
         raise ConfigError(f"{steps} steps; take 1 to {STEPS}")
-    if isinstance(denoiser, Diffusion):
-        return denoiser.timesteps(STEPS)[:steps]
-    if steps > 1:
-        raise ModelError(f"a {type(denoiser).__name__} is explained at its first step alone; take 1 step, not {steps}")
-    return [denoiser.first_timestep(STEPS)]
+    return denoiser.timesteps(STEPS)[:steps] if steps > 1 else [denoiser.first_timestep(STEPS)]
 
 
 def _trajectory(
@@ -116,7 +111,7 @@ def _trajectory(
     condition: Condition,
     nothing: Condition,
     x: torch.Tensor,
-    timesteps: list[int],
+    timesteps: list[float],
     guidance: float,
 ) -> Iterator[tuple[float, torch.Tensor]]:
     """Yield at each timestep the norm, and of each row of the condition's states the gradient's norm, (L,)."""
@@ -135,7 +130,7 @@ def _trajectory(
             scale = x.numel() ** 0.5
             (gradient,) = torch.autograd.grad(norm * scale, states)
         yield float(norm.detach()), gradient[0].to(x.dtype).norm(dim=1) / scale
-        if isinstance(denoiser, Diffusion) and t != timesteps[-1]:
+        if t != timesteps[-1]:
             x = denoiser.step(e_u + guidance * (e_c.detach() - e_u), t, x)
 
 
@@ -172,7 +167,7 @@ def explain(
     spec = model or (own and own[0])
     if spec is None:
         raise ConfigError(f"{directory}: the run has no model; give one that has seen the data with --model")
-    files = find_model(spec)
+    files = find_model(spec, images=settings["mode"] == "pair")
     if scoring is not None and (other := {f for f, _ in files.files.items() ^ scoring["files"].items()}):
         raise ModelError(f"{spec}: not the run's model: its {min(other)} is another; say where that lies with --model")
     found = attribute(load_denoiser(files, settings["dtype"]), caption, steps, settings["seeds"])
@@ -209,7 +204,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         if row["magnitude"] is not None:
             text.append(f"run       magnitude {row['magnitude']:.4g}, over {row['percentile']:.1f}% of its samples'")
     first, last = found["timesteps"][0], found["timesteps"][-1]
-    when = f"timestep {first}" if first == last else f"{len(found['timesteps'])} timesteps from {first} to {last}"
+    when = f"timestep {first:g}" if first == last else f"{len(found['timesteps'])} timesteps from {first:g} to {last:g}"
     seeds = "1 seed" if found["seeds"] == 1 else f"{found['seeds']} seeds"
     text.append(f"magnitude {found['magnitude']:.4g} by {printable(found['model'])} at {when}, {seeds}")
     if not found["words"]:

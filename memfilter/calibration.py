@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from .errors import ConfigError
 from .records import Floats
@@ -146,3 +147,15 @@ def _column(path: Path, names: list[str], wanted: tuple[str, ...]) -> int:
     if len(found) != 1:
         raise ConfigError(f"{path}: line 1, the header, has {len(found)} columns named {' or '.join(wanted)}; give one")
     return found[0]
+
+
+def read_reference(path: Path) -> pa.ChunkedArray:
+    """Return the captions of a file, one a line; raises ConfigError for one that holds none."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: the reference captions cannot be read: {e}") from e
+    lines = [line for line in lines if line]
+    if not lines:
+        raise ConfigError(f"{path}: holds no reference caption; give one a line")
+    return pa.chunked_array([lines])

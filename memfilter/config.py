@@ -28,6 +28,12 @@ KEEP = ("resolution", "bytes", "caption_length", "uid")
 JSON = "json:"
 """What stands before the name of a json's field, in images.keep and as a column of the signatures."""
 
+STEPS = 50
+"""Steps of the schedule on which magnitudes are measured."""
+
+GUIDANCE = 7.5
+"""The guidance of a trajectory, as in the paper."""
+
 MAX_VALUE = 255
 """Characters of a value in the json that are compared."""
 
@@ -149,16 +155,36 @@ class LabelledRate(_Section):
     labelled: str
 
 
+class SavedThreshold(_Section):
+    """Take the threshold that another run left in its threshold.json, of the same model scored the same way."""
+
+    saved: str
+
+
 class Magnitude(_Section):
     """The text-conditional prediction magnitude and its threshold."""
 
     model: str | None = None
-    mode: Literal["prompt"] = "prompt"
+    mode: Literal["prompt", "pair", "trajectory"] = "prompt"
     seeds: Annotated[int, Field(ge=1)] = 1
+    timesteps: Annotated[  # of mode pair, 0 to 1000
+        tuple[Annotated[int, Field(ge=0, le=1000)], ...],
+        Field(min_length=1, strict=False),
+        AfterValidator(_distinct),
+    ] = (200, 400, 600, 800)
+    steps: Annotated[int, Field(ge=1, le=STEPS)] = STEPS  # of mode trajectory: how many of the schedule's 50
+    guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = GUIDANCE  # of mode trajectory
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     batch_size: Annotated[int, Field(ge=1)] = 64
+    compile: bool = False
+    devices: Annotated[tuple[str, ...] | None, Field(min_length=1, strict=False)] = None  # None: all GPUs, else the CPU
     threshold: (
-        Quantile | FalsePositiveRate | LabelledRate | Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+        Quantile
+        | FalsePositiveRate
+        | LabelledRate
+        | SavedThreshold
+        | Annotated[float, Field(ge=0, allow_inf_nan=False)]
+        | None
     ) = None
 
 
@@ -274,8 +300,8 @@ def _first_cause(error: ValidationError) -> str:
     where = [str(p) for p in cause["loc"]]
     if where[:2] == ["magnitude", "threshold"]:  # one of several forms, each with a complaint of its own
         forms = (
-            "a number >= 0, {quantile: Q}, {false_positive_rate: R, reference: FILE} or {false_positive_rate: R, "
-            "labelled: FILE.csv}, Q and R from 0 to below 1"
+            "a number >= 0, {quantile: Q}, {false_positive_rate: R, reference: FILE}, {false_positive_rate: R, "
+            "labelled: FILE.csv} or {saved: DIR/threshold.json}, Q and R from 0 to below 1"
         )
         return f"magnitude.threshold = {cause['input']!r}: {cause['msg']}; it is {forms}"
     if where[:2] == ["images", "keep"] and len(where) > 2:  # likewise: the deepest complaint is of the form meant

@@ -22,7 +22,7 @@ def decide(
     policy: Policies,
     general: pa.Array | None = None,
 ) -> Decisions:
-    """Return the decisions.  At or above `threshold` a caption counts as memorized.
+    """Return the decisions.  At or above `threshold` a sample, and a caption, counts as memorized.
 
     An image duplicate is any member of an image group but its keeper: a full one where a better-ranked member has its
     caption, a partial one where the keeper has another caption; one may be both.  A caption duplicate is any member of
@@ -34,10 +34,9 @@ def decide(
     `general` holds of each distinct caption the general one that joins the pools of its samples, null for none.
     """
     good, rows = samples.good, np.arange(len(samples))
-    over = np.zeros(len(captions) + 1, bool)  # one more: the caption of a bad sample is row -1
+    over, memorized = np.zeros(len(captions), bool), np.zeros(len(samples), bool)
     if scores is not None and threshold is not None:
-        over[:-1] = scores.magnitude >= np.float32(threshold)
-    memorized = over[groups.caption]
+        over, memorized = (magnitude >= np.float32(threshold) for magnitude in (scores.captions, scores.samples))
 
     image_copy = groups.image_group != rows
     full_copy = _best_with_both(groups) != rows
@@ -154,7 +153,7 @@ def _pool(
     n = len(samples)
     texts, rewritten = _with_general(captions["text"].combine_chunks().cast(pa.large_string()), general)
     unwanted = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0).to_numpy(zero_copy_only=False)
-    unwanted = unwanted | np.pad(over[:-1], (0, len(texts) - len(captions)))
+    unwanted = unwanted | np.pad(over, (0, len(texts) - len(captions)))
     lists = samples.table["captions"].cast(pa.large_list(pa.large_string())).combine_chunks()
     own = np.flatnonzero(samples.good)
     listed = pc.list_parent_indices(lists).to_numpy()

@@ -37,6 +37,7 @@ def run(
     workers: int,
     what: Callable[[int], str],
     max_memory: int | None = None,
+    slots: Sequence[str] | None = None,
 ) -> Iterator[R]:
     """Yield `function(*item)` for every item, in the order in which they finish.
 
@@ -44,16 +45,18 @@ def run(
     worker dies, runs out of memory, or holds more than `max_memory` bytes is tried once more by a new worker, alone
     and after the others; then a WorkerError names it by `what`.  A single worker is this process itself, unless its
     memory is limited.
+
+    Each worker has one of the `slots`, such as a GPU, to itself, and `function(slot, *item)` is called.
     """
     workers = min(workers, len(items))
     if workers <= 1 and max_memory is None:
         for i, item in enumerate(items):
-            yield _here(function, item, what(i))
+            yield _here(function, (*slots[:1], *item) if slots else item, what(i))
         return
     waiting = [*range(len(items) - 1, -1, -1)]
     again: list[int] = []  # to be tried alone, after the others
     retrying = False
-    idle = [_Worker() for _ in range(workers)]
+    idle = [_Worker(slots[i] if slots else None) for i in range(workers)]
     busy: dict[Future[R], tuple[_Worker, int]] = {}
     try:
         while waiting or busy or again:
@@ -76,11 +79,11 @@ def run(
                         raise WorkerError(_report(what(i), cause)) from e
                     log.warning("%s: its worker died (%s); trying it once more, last and alone", what(i), cause)
                     again.append(i)
-                    idle.append(_Worker())
+                    idle.append(_Worker(worker.slot))
                 else:
                     if worker.was_stopped:  # as it handed its result over: the next item is not to die of that
                         worker.end()
-                        worker = _Worker()
+                        worker = _Worker(worker.slot)
                     idle.append(worker)
                     yield result
     finally:
@@ -109,13 +112,15 @@ def _report(name: str, cause: str) -> str:
 class _Worker:
     """One spawned process, started with its first item."""
 
-    def __init__(self) -> None:
+    def __init__(self, slot: str | None) -> None:
+        self.slot = slot
         self._pool = _pool()
         self._process: Any = None
         self._taken = 0  # bytes, once they were too many
 
     def start(self, function: Callable[..., R], item: tuple[Any, ...]) -> Future[R]:
         """Hand over an item."""
+        item = item if self.slot is None else (self.slot, *item)
         with _interrupts_held():
             try:
                 future = self._pool.submit(function, *item)

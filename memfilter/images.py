@@ -79,6 +79,19 @@ def decode(data: bytes, full: bool, max_pixels: int, side: int = HASH_SIDE, colo
     return _decode_with_pillow(data, full, max_pixels, side, colour)
 
 
+def cropped(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Return the middle of an image at this size, uint8 RGB (height, width, 3): scaled to cover it and then cut.
+
+    As diffusers' training scripts prepare an image: bilinear, the ratio of its sides kept.
+    """
+    image = Image.fromarray(pixels).convert("RGB")
+    scale = max(height / image.height, width / image.width)
+    size = (max(round(image.width * scale), width), max(round(image.height * scale), height))
+    scaled = image.resize(size, Image.Resampling.BILINEAR)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    return np.asarray(scaled.crop((left, top, left + width, top + height)))
+
+
 def _decode_jpeg(data: bytes, max_pixels: int, side: int, colour: int) -> Decoded:
     """Return a JPEG's pixels from the smallest scaled decodes that are large enough; raises ValueError."""
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)

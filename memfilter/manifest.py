@@ -24,7 +24,6 @@ from .records import (
     MANIFEST,
     METHODS,
     Decisions,
-    Floats,
     GeneralityScores,
     Groups,
     Ints,
@@ -90,13 +89,16 @@ def _files(store: Store, samples: Samples, about: dict[str, Any]) -> dict[str, s
     """Return the digests of all files that the result rests on, by their path in the run directory."""
     config = about["config"]
     paths = [store.edges / "hash.parquet", store.captions, store.caption_groups, store.manifest / "lookup.arrow"]
+    in_pairs = config["magnitude"]["mode"] == "pair"
     paths += [path for s in samples.shards for path in (store.signatures(s.name), store.manifest_part(s.name))]
     if config["images"]["encoder"] is not None:
         paths.append(store.edges / "embedding.parquet")
     if "semantic" in config["captions"]["tiers"]:
         paths.append(store.edges / "caption.parquet")
     if about["magnitude"] is not None:
-        paths.append(store.scores / "captions.parquet")
+        pairs = [store.pair_scores(s.name) for s in samples.shards]
+        paths += pairs if in_pairs else [store.scores / "captions.parquet"]
+        paths += [store.threshold] if about["threshold"] is not None else []
         wanted = config["magnitude"]["threshold"] if isinstance(config["magnitude"]["threshold"], dict) else {}
         paths += [store.scores / f"{name}.parquet" for name in ("reference", "labelled") if name in wanted]
         if about["magnitude"]["noise_floor"] is not None:
@@ -106,7 +108,7 @@ def _files(store: Store, samples: Samples, about: dict[str, Any]) -> dict[str, s
     if about["generalised"] is not None:
         paths += [
             store.generalised,
-            *([store.scores / "generalised.parquet"] if about["magnitude"] is not None else []),
+            *([store.scores / "generalised.parquet"] if about["magnitude"] is not None and not in_pairs else []),
             *([store.generality / "generalised.parquet"] if about["generality"] is not None else []),
         ]
     return {p.relative_to(store.path).as_posix(): file_digest(p) for p in paths}
@@ -132,7 +134,7 @@ def _rows(
         "action": np.array(ACTIONS)[action].tolist(),
         "loss_weight": decisions.weight[rows],
         "reasons": _reasons(decisions, rows, names["bad"]),
-        "detail": names["detail"],
+        "detail": _detail(names["detail"], scores, rows),
         "canonical_uid": uid.take(pa.array(canonical, mask=canonical < 0)),
         "match_method": _named(METHODS, method),
         "match_distance": pa.array(groups.distance[rows], mask=~joined),
@@ -142,8 +144,8 @@ def _rows(
         "caption_count": groups.caption_count[rows].astype(np.int32),
         "joint_count": groups.joint_count[rows].astype(np.int32),
         "duplication": np.array(DUPLICATION)[decisions.duplication[rows]].tolist(),
-        "magnitude": _of_rows(scores.magnitude if scores else None, groups.caption[rows]),
-        "magnitude_eps": _of_rows(scores.magnitude_eps if scores else None, groups.caption[rows]),
+        "magnitude": _floats(scores.samples if scores else None, rows),
+        "magnitude_eps": _floats(scores.samples_eps if scores else None, rows),
         "captions": decisions.pooled.slice(rows[0] if len(rows) else 0, len(rows)),
         "caption_match": _named(CAPTION_METHODS, groups.caption_method[rows]),
         "caption_distance": pa.array(groups.caption_distance[rows], mask=groups.caption_method[rows] < 0),
@@ -151,7 +153,8 @@ def _rows(
         "image_captions": groups.image_captions[rows].astype(np.int32),
         "mitigate": decisions.mitigate[rows],
         **{
-            name: _of_rows(generality.values[:, i] if generality else None, groups.caption[rows])
+            # a bad sample's caption is -1
+            name: _floats(np.append(generality.values[:, i], np.nan) if generality else None, groups.caption[rows])
             for i, name in enumerate(GENERALITY.names)
         },
     }
@@ -162,12 +165,17 @@ def _named(names: tuple[str, ...], method: npt.NDArray[np.int8]) -> pa.Array:
     return pa.array(np.array([*names, ""])[method].tolist(), mask=method < 0)
 
 
-def _of_rows(column: Floats | None, caption: Ints) -> pa.Array:
-    if column is None:
-        return pa.nulls(len(caption), pa.float32())
-    values = np.full(len(caption), np.nan, np.float32)
-    values[caption >= 0] = column[caption[caption >= 0]]  # a bad sample's caption is -1
-    return pa.array(values, mask=np.isnan(values))
+def _floats(values: npt.NDArray[Any] | None, rows: Ints) -> pa.Array:
+    if values is None:
+        return pa.nulls(len(rows), pa.float32())
+    found = values[rows].astype(np.float32)
+    return pa.array(found, mask=np.isnan(found))
+
+
+def _detail(detail: pa.ChunkedArray, scores: Scores | None, rows: Ints) -> pa.ChunkedArray:
+    if scores is None or scores.unscored is None or not len(rows):
+        return detail
+    return pc.coalesce(detail.combine_chunks(), scores.unscored.slice(int(rows[0]), len(rows)).combine_chunks())
 
 
 def _reasons(decisions: Decisions, rows: npt.NDArray[np.int64], bad: pa.ChunkedArray) -> pa.Array:

@@ -25,15 +25,16 @@ from .errors import ConfigError, RunError
 from .generalisation import FLAGS, flagged, general_captions, outcome, read_generalised, rewrite
 from .generality import Rater, find_rater, generality_outcome, score_generality
 from .groups import distinct_captions, group, load_samples
-from .magnitude import check_threshold, score_captions, threshold
 from .manifest import Manifest
 from .records import ACTIONS, MANIFEST, MASK, Decisions, Samples, Scores, Shard
 from .rewriters import Answer, find_rewriter
+from .scores import score_captions, score_pairs
 from .shards import find_shards
 from .signatures import DuplicateGauge, Signed, check_hash, is_signed, sign, versions, was_skipped
 from .store import Store, read_digest, read_note
 from .summary import statistics
 from .tagging import public_tagger
+from .thresholds import check_threshold, find_threshold
 
 
 def run(patterns: list[str], out: str | Path, config: Config | None = None, workers: int | None = None) -> Manifest:
@@ -52,7 +53,7 @@ def run(patterns: list[str], out: str | Path, config: Config | None = None, work
     check_hash(config)
     image_encoder(config.images.encoder)  # one that cannot be had is told before anything is written
     check_captions(config)
-    model = find_model(config.magnitude.model) if config.magnitude.model else None
+    model = _model(config)
     rater = find_rater(config)
     with store.locked():
         _forget_changed(shards, stored, store)
@@ -136,8 +137,8 @@ class _Finished:
         check_threshold(self.config)
         check_hash(self.config)
         check_captions(self.config)
-        if self.config.magnitude.model != before.magnitude.model:
-            self.model = find_model(self.config.magnitude.model) if self.config.magnitude.model else None
+        if _model_settings(self.config) != _model_settings(before):
+            self.model = _model(self.config)
         self.rater = find_rater(self.config)
 
     def check(self) -> None:
@@ -174,9 +175,15 @@ def _decide_and_write(
     groups = group(samples, edges, caption, keepers, config)
     rewritten = read_generalised(store)
     further = rewritten["general"].drop_null() if rewritten is not None else None
-    scores = score_captions(captions["text"], read_digest(store.captions), model, store, config, _scoring_bar, further)
-    generality = score_generality(captions["text"], read_digest(store.captions), rater, store, _generality_bar, further)
-    limit = threshold(config, scores, caption[samples.good])
+    digest = read_digest(store.captions)
+    scores = None
+    if model and config.magnitude.mode == "pair":
+        scores = score_pairs(samples, caption, len(captions), model, store, config, _scoring_bar)
+    elif model:
+        scores = score_captions(captions["text"], caption, digest, model, store, config, _scoring_bar, further)
+    generality = score_generality(captions["text"], digest, rater, store, _generality_bar, further)
+    threshold = find_threshold(config, scores, samples.good)
+    limit = threshold.magnitude if threshold else None
     general = general_captions(rewritten, captions, scores, limit)
     decisions = decide(samples, groups, captions, scores, limit, config.policy, general)
     about = _about(samples, decisions, scores, limit, store, config)
@@ -188,7 +195,20 @@ def _decide_and_write(
         _write_shards(samples, decisions, store, workers, config.input)
     else:
         sink.write_sizes(store.shards, {})  # those of an earlier decision go
+    if threshold:
+        threshold.save(store.threshold)
+    else:
+        store.threshold.unlink(missing_ok=True)
     return manifest.finish(store, samples, decisions, about)
+
+
+def _model(config: Config) -> ModelFiles | None:
+    settings = config.magnitude
+    return find_model(settings.model, images=settings.mode == "pair") if settings.model else None
+
+
+def _model_settings(config: Config) -> tuple[str | None, bool]:
+    return config.magnitude.model, config.magnitude.mode == "pair"
 
 
 # -- the two stages that go shard by shard ----------------------------------------------------------------------------
@@ -239,8 +259,11 @@ def _write_shards(samples: Samples, decisions: Decisions, store: Store, workers:
     sink.write_sizes(store.shards, counts)
 
 
-def _scoring_bar(chunks: Iterator[int], total: int) -> Iterator[int]:
-    return iter(tqdm(chunks, total=total, desc="magnitudes", unit="chunk", disable=None))
+def _scoring_bar(sizes: Iterator[int], total: int, unit: str) -> Iterator[int]:
+    with tqdm(total=total, desc="magnitudes", unit=unit, disable=None) as bar:
+        for size in sizes:
+            bar.update(size)
+            yield size
 
 
 def _generality_bar(chunks: Iterator[int], total: int) -> Iterator[int]:
@@ -273,11 +296,12 @@ def _about(
     dump["images"]["encoder"] = public_name(config.images.encoder)
     dump["captions"]["encoder"] = public_caption_name(config.captions.encoder)
     dump["magnitude"]["model"] = scores and scores.info["model"]
+    del dump["magnitude"]["devices"]  # which, and how many, is no part of the result
     dump["generality"]["tagger"] = public_tagger(config.generality.tagger)
     del dump["generality"]["wordnet"]  # where it lies; what it holds stands in `generality`
     del dump["generalise"]  # what was rewritten, and by what, stands in `generalised`
     if isinstance(wanted := dump["magnitude"]["threshold"], dict):
-        wanted.update((key, Path(wanted[key]).name) for key in ("reference", "labelled") if key in wanted)
+        wanted.update((key, Path(wanted[key]).name) for key in ("reference", "labelled", "saved") if key in wanted)
     shards = []
     for shard, start, end in zip(samples.shards, samples.first, samples.first[1:], strict=False):
         counts = np.bincount(decisions.action[start:end], minlength=len(ACTIONS)).tolist()

@@ -96,7 +96,18 @@ SCORES = pa.schema(
         pa.field("token_ids", pa.binary(16), nullable=False),  # blake2b-128 of the token ids
         pa.field("magnitude", pa.float32(), nullable=False),
         pa.field("magnitude_eps", pa.float32()),
-        pa.field("per_seed", pa.list_(pa.float32()), nullable=False),
+        pa.field("values", pa.list_(pa.float32()), nullable=False),  # of each seed those of its timesteps
+    ]
+)
+
+PAIR_SCORES = pa.schema(
+    [
+        # one row a sample, all null but the first for a bad one
+        pa.field("uid", UID, nullable=False),
+        pa.field("magnitude", pa.float32()),
+        pa.field("magnitude_eps", pa.float32()),
+        pa.field("values", pa.list_(pa.float32())),  # of each seed those of its timesteps
+        pa.field("cause", pa.string()),  # why a good sample has no score
     ]
 )
 
@@ -229,13 +240,16 @@ class Groups:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of each distinct caption its magnitude and epsilon-scale magnitude (NaN: none), and what they depend on."""
+    """Magnitudes, NaN where there is none, and what they depend on."""
 
-    magnitude: Floats
-    magnitude_eps: Floats
-    reference: Floats | None  # magnitudes of the reference captions, where the threshold asks for them
+    captions: Floats  # of each distinct caption; of one scored in pairs the highest of its samples', -inf for none
+    samples: Floats
+    samples_eps: Floats  # on the epsilon scale
     info: dict[str, Any]
-    generalised: Floats | None = None  # magnitudes of the generalised captions, where there are any
+    reference: Floats | None = None  # of the captions from which the threshold is taken, where it asks for some
+    generalised: Floats | None = None  # of the generalised captions, where there are any
+    by_timestep: Floats | None = None  # (N, timesteps), of what the threshold is a quantile of
+    unscored: pa.ChunkedArray | None = None  # of each sample, why a good one has none
 
 
 @dataclass(frozen=True)

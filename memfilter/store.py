@@ -47,6 +47,7 @@ class Store:
         self.generalised = self.path / "generalised" / "captions.parquet"
         self.generality = self.path / "generality"
         self.manifest = self.path / "manifest"
+        self.threshold = self.manifest / "threshold.json"
         self.shards = self.path / "shards"
 
     def signatures(self, shard: str) -> Path:
@@ -56,6 +57,10 @@ class Store:
     def has_signatures(self) -> bool:
         """Tell whether any shard has been read."""
         return next((self.path / "signatures").rglob("*.parquet"), None) is not None
+
+    def pair_scores(self, shard: str) -> Path:
+        """Return the path of the scores of a shard's pairs."""
+        return self.scores / "pairs" / f"{shard}.parquet"
 
     def manifest_part(self, shard: str) -> Path:
         """Return the path of a shard's manifest part."""

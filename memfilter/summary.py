@@ -34,7 +34,7 @@ def statistics(
         "without_caption": int((samples.good & samples.table["fingerprint"].is_null().to_numpy()).sum()),
     }
     if scores is not None:
-        own = scores.magnitude[groups.caption[samples.good]]
+        own = scores.samples[~np.isnan(scores.samples)]
         levels = (0.5, 0.9, 0.99, 0.999)
         found["magnitude_quantiles"] = (
             {str(q): round(float(np.quantile(own, q)), 6) for q in levels} if len(own) else {}

@@ -85,7 +85,7 @@ def _unet(**settings: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(**(shape | settings)).eval()
 
 
-def _autoencoder() -> AutoencoderKL:
+def _autoencoder(**settings: Any) -> AutoencoderKL:
     vae = AutoencoderKL(
         block_out_channels=(16, 32),
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
@@ -93,6 +93,39 @@ def _autoencoder() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=8,
         sample_size=2 * LATENT_SIDE,
+        **settings,
+    )
+    return vae.eval()
+
+
+def _flow_autoencoder() -> AutoencoderKL:
+    return _autoencoder(scaling_factor=0.3611, shift_factor=0.1159)
+
+
+def _deep_autoencoder() -> Any:
+    vae = diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=8,
+        encoder_block_out_channels=(16, 32),
+        decoder_block_out_channels=(16, 32),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        scaling_factor=0.41407,
+    )
+    return vae.eval()
+
+
+def _frames_autoencoder() -> Any:
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.1, -0.2, 0.3, -0.4],
+        latents_std=[1.1, 2.2, 1.3, 0.4],
     )
     return vae.eval()
 
@@ -125,7 +158,7 @@ def write_family(folder: Path, family: str, seed: int = 0, **settings: Any) -> P
 def _sdxl(zeros: bool = True, **scheduler: Any) -> Any:
     tokenizer = _tokenizer()
     return diffusers.StableDiffusionXLPipeline(
-        vae=_autoencoder(),
+        vae=_autoencoder(scaling_factor=0.13025),
         text_encoder=_text_encoder(tokenizer),
         text_encoder_2=_text_encoder(tokenizer, CLIPTextModelWithProjection),
         tokenizer=tokenizer,
@@ -159,7 +192,7 @@ def _sd3(t5: bool = True) -> Any:
     return diffusers.StableDiffusion3Pipeline(
         transformer=transformer.eval(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_autoencoder(),
+        vae=_flow_autoencoder(),
         text_encoder=_text_encoder(tokenizer, CLIPTextModelWithProjection),
         tokenizer=tokenizer,
         text_encoder_2=_text_encoder(tokenizer, CLIPTextModelWithProjection),
@@ -184,7 +217,7 @@ def _flux(guidance: bool = True) -> Any:
     )
     return diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance),
-        vae=_autoencoder(),
+        vae=_flow_autoencoder(),
         text_encoder=_text_encoder(tokenizer),
         tokenizer=tokenizer,
         text_encoder_2=_t5(WIDTH),
@@ -232,7 +265,7 @@ def _sana() -> Any:
     return diffusers.SanaPipeline(
         tokenizer=_gemma_tokenizer(),
         text_encoder=_gemma(),
-        vae=None,
+        vae=_deep_autoencoder(),
         transformer=transformer.eval(),
         scheduler=diffusers.DPMSolverMultistepScheduler(**flow),
     )
@@ -254,7 +287,7 @@ def _lumina2() -> Any:
     return diffusers.Lumina2Pipeline(
         transformer=transformer.eval(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
-        vae=_autoencoder(),
+        vae=_flow_autoencoder(),
         text_encoder=_gemma(),
         tokenizer=_gemma_tokenizer(),
     )
@@ -288,7 +321,7 @@ def _z_image() -> Any:
     )
     return diffusers.ZImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_autoencoder(),
+        vae=_flow_autoencoder(),
         text_encoder=transformers.Qwen3Model(config).eval(),
         tokenizer=tokenizer,
         transformer=transformer.eval(),
@@ -321,7 +354,7 @@ def _qwen_image() -> Any:
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
     return diffusers.QwenImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
-        vae=None,
+        vae=_frames_autoencoder(),
         text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config).eval(),
         tokenizer=tokenizer,
         transformer=transformer.eval(),

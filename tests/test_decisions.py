@@ -96,7 +96,8 @@ def decided(case: Case) -> Decisions:
         np.array([len({j[1] for j in joint if j[0] == k}) for k in case.keeper], np.int64),
     )
     magnitudes = np.array([case.magnitude.get(t, 0) for t in case.texts], np.float32)
-    scores = Scores(magnitudes, magnitudes, None, {})
+    of_samples = np.append(magnitudes, np.float32(np.nan))[caption]
+    scores = Scores(magnitudes, of_samples, of_samples, {})
     captions = pa.table({"text": pa.array(case.texts, pa.large_string())})
     return decide(samples, groups, captions, scores, case.threshold, case.policy)
 

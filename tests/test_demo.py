@@ -134,7 +134,7 @@ def test_one_seed_and_one_step_tell_repeated_pairs_from_equally_specific_ones() 
     repeated = {p.original for p in planted if p.kind == "repeated pair"}
     specific = [i for i, p in enumerate(planted) if p.kind == "specific"]
     score = dict(
-        zip(specific, Scorer.load(str(MODEL)).score([planted[i].caption for i in specific])[:, 0], strict=True)
+        zip(specific, Scorer.load(str(MODEL)).score([planted[i].caption for i in specific])[:, 0, 0], strict=True)
     )
     memorized, others = ([score[i] for i in specific if (i in repeated) == wanted] for wanted in (True, False))
     assert np.mean([a > b for a in memorized for b in others]) >= 0.99

@@ -18,7 +18,8 @@ from pipelines import FAMILIES, LATENT_SIDE, write_family
 
 from memfilter import Config, ModelError
 from memfilter.denoisers import Condition, find_model, load_denoiser
-from memfilter.magnitude import Scorer, score_captions
+from memfilter.magnitude import Scorer
+from memfilter.scores import score_captions
 from memfilter.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -158,9 +159,9 @@ FIRST = {"sdxl": 981, "pixart": 999, "sana": 999}  # of a flow 1000, but for the
 def check(folder: Path, family: str) -> Scorer:
     """Hold the scores of a pipeline to its own predictions."""
     ours = scorer(folder, seeds=2)
-    timestep = ours.scoring.timestep
+    (timestep,) = ours.scoring.timesteps
     assert timestep == FIRST.get(family, 1000)
-    scores = ours.score(CAPTIONS)
+    scores = ours.score(CAPTIONS)[:, :, 0]
     named = json.loads((folder / "model_index.json").read_text())
     nulls = {part: None for part, kind in named.items() if kind == [None, None]}
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **nulls)
@@ -234,8 +235,8 @@ class Own:
 
 def test_a_denoiser_of_ones_own_is_scored_like_any_other() -> None:
     own = Scorer(Own(), batch_size=2)
-    np.testing.assert_allclose(own.score(["four", "", "sixsix"])[:, 0], [8, 0, 12], rtol=1e-6)
-    assert (own.scoring.timestep, own.scoring.denoiser["family"]) == (950, "Own")
+    np.testing.assert_allclose(own.score(["four", "", "sixsix"])[:, 0, 0], [8, 0, 12], rtol=1e-6)
+    assert (own.scoring.timesteps, own.scoring.denoiser["family"]) == ((950,), "Own")
 
 
 @pytest.fixture(scope="session")
@@ -322,9 +323,9 @@ def test_the_unconditional_is_the_empty_caption_or_told(scorers: dict[str, Score
 def test_the_epsilon_scale_is_null_at_a_flows_first_step(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
     config = Config.parse({"magnitude": {"batch_size": 4, "dtype": "float32"}})
     files = find_model(str(folders[family]))
-    scores = score_captions(pa.chunked_array([CAPTIONS]), "", files, Store(tmp_path), config, lambda c, _: c)
-    assert scores is not None
-    assert np.isnan(scores.magnitude_eps).all() == (family == "sd3")
+    rows = np.arange(len(CAPTIONS))
+    scores = score_captions(pa.chunked_array([CAPTIONS]), rows, "", files, Store(tmp_path), config, lambda c, *_: c)
+    assert np.isnan(scores.samples_eps).all() == (family == "sd3")
     assert scores.info["prediction_type"] == ("flow" if family == "sd3" else "epsilon")
     assert scores.info["denoiser"]["unconditional"] == UNCONDITIONAL.get(family, "empty")
 

@@ -692,7 +692,7 @@ def test_general_captions_are_scored_apart_and_those_over_the_threshold_stay_out
     before = (scored / "scores" / "captions.parquet").read_bytes()
     manifest = memfilter.generalise(scored, settings=serve(class_of).settings)
     assert (scored / "scores" / "captions.parquet").read_bytes() == before
-    expected = Scorer.load(str(denoiser), batch_size=8).score([class_of(t) for t in sorted(PAIRS)])[:, 0]
+    expected = Scorer.load(str(denoiser), batch_size=8).score([class_of(t) for t in sorted(PAIRS)])[:, 0, 0]
     magnitudes = pq.read_table(scored / "scores" / "generalised.parquet")["magnitude"].to_numpy()
     assert np.array_equal(magnitudes, expected)
     assert manifest.info["generalised"]["over_threshold"] == 0
@@ -724,7 +724,7 @@ def test_samples_are_flagged_by_magnitude_at_the_runs_threshold_or_another(score
 def test_a_masked_keeper_of_a_memorized_caption_trains_on_the_general_one_alone(
     shards: Path, denoiser: Path, serve: Serve, tmp_path: Path
 ) -> None:
-    memorized, *general = Scorer.load(str(denoiser), batch_size=8).score([PAIRS[2], "a vehicle", "an animal"])[:, 0]
+    memorized, *general = Scorer.load(str(denoiser), batch_size=8).score([PAIRS[2], "a vehicle", "an animal"])[:, 0, 0]
     assert memorized > max(general)
     magnitude = {"model": str(denoiser), "batch_size": 8, "threshold": float(memorized)}
     memfilter.run([str(shards)], tmp_path / "out", config(magnitude=magnitude), workers=1)

@@ -27,9 +27,11 @@ from safetensors.torch import load_file, save_file
 import memfilter
 from memfilter import Config, ConfigError, ModelError
 from memfilter.denoisers import find_model
-from memfilter.magnitude import Scorer, check_threshold, eps_factor, score_captions, threshold
+from memfilter.magnitude import Scorer, eps_factor
 from memfilter.records import Scores
+from memfilter.scores import Progress, score_captions
 from memfilter.store import Store
+from memfilter.thresholds import check_threshold, find_threshold
 
 CAPTIONS = ["a dog on a mat", "cat", "Ein Hund über Öl 漢字 🐕", "", "the van gogh cafe terrace " * 4, "x"]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -90,13 +92,13 @@ def test_the_score_is_the_papers_formula(models: dict[str, Path], kind: str) -> 
     scorer = Scorer.load(str(models[kind]), seeds=3, batch_size=BATCH)
     scores = scorer.score(CAPTIONS)
     assert scorer.scoring.prediction_type == kind
-    assert scorer.scoring.timestep == 981
-    assert scores.shape == (len(CAPTIONS), 3)
+    assert scorer.scoring.timesteps == (981,)
+    assert scores.shape == (len(CAPTIONS), 3, 1)
     assert scores.dtype == np.float32
-    for caption, score in zip(CAPTIONS, scores.mean(1), strict=True):
+    for caption, score in zip(CAPTIONS, scores.mean((1, 2)), strict=True):
         expected, norm = by_formula(models[kind], caption, seeds=3)
         assert abs(score - expected) < 1e-5 * norm
-    assert len({f"{s:.3f}" for s in scores.mean(1)}) == len(CAPTIONS)  # the captions tell apart
+    assert len({f"{s:.3f}" for s in scores.mean((1, 2))}) == len(CAPTIONS)  # the captions tell apart
 
 
 def test_each_seed_is_a_column_of_its_own(scorer: Scorer, model: Path) -> None:
@@ -111,7 +113,7 @@ def test_the_empty_caption_scores_exactly_zero(scorer: Scorer) -> None:
 
 
 def test_no_caption_gives_no_score(scorer: Scorer) -> None:
-    assert scorer.score([]).shape == (0, 2)
+    assert scorer.score([]).shape == (0, 2, 1)
 
 
 def test_a_caption_scores_the_same_bits_in_any_company(scorer: Scorer) -> None:
@@ -175,7 +177,7 @@ def test_an_unknown_prediction_type_is_refused() -> None:
 
 @dataclass
 class Stage:
-    """The stage on some captions in a run directory; `chunks` counts those of each table that it had to score."""
+    """The stage on some captions in a run directory; `chunks` holds the sizes of those that it had to score."""
 
     store: Store
     model: Path
@@ -185,19 +187,17 @@ class Stage:
         self.files = find_model(str(self.model))
         self.chunks: list[int] = []
 
-    def progress(self, chunks: Iterator[int], total: int) -> Iterator[int]:
-        self.chunks.append(total)
-        return chunks
+    def progress(self, sizes: Iterator[int], total: int, unit: str) -> Iterator[int]:
+        for size in sizes:
+            self.chunks.append(size)
+            yield size
 
-    def __call__(
-        self, progress: Callable[[Iterator[int], int], Iterator[int]] | None = None, **magnitude: Any
-    ) -> Scores:
+    def __call__(self, progress: Progress | None = None, **magnitude: Any) -> Scores:
         config = Config.parse({"magnitude": {"seeds": 2, "batch_size": BATCH, **magnitude}})
         digest = json.dumps(self.captions)
         texts = pa.chunked_array([self.captions])
-        scores = score_captions(texts, digest, self.files, self.store, config, progress or self.progress)
-        assert scores is not None
-        return scores
+        rows = np.arange(len(self.captions))
+        return score_captions(texts, rows, digest, self.files, self.store, config, progress or self.progress)
 
 
 @pytest.fixture
@@ -207,23 +207,19 @@ def stage(model: Path, tmp_path: Path) -> Stage:
 
 
 def same(one: Scores, other: Scores) -> bool:
-    return np.array_equal(one.magnitude, other.magnitude) and one.info == other.info
+    return np.array_equal(one.captions, other.captions) and one.info == other.info
 
 
 def test_the_stage_scores_each_caption_and_tells_what_the_scores_depend_on(stage: Stage, scorer: Scorer) -> None:
     scores = stage()
-    expected = scorer.score(stage.captions).mean(1, dtype=np.float64).astype(np.float32)
-    assert np.array_equal(scores.magnitude, expected)
-    np.testing.assert_allclose(scores.magnitude_eps, expected / np.sqrt(4 * LATENT_SIDE**2), rtol=1e-6)
+    expected = scorer.score(stage.captions).mean((1, 2), dtype=np.float64).astype(np.float32)
+    assert np.array_equal(scores.samples, expected)
+    np.testing.assert_allclose(scores.samples_eps, expected / np.sqrt(4 * LATENT_SIDE**2), rtol=1e-6)
     assert scores.info["conditions"] == len(stage.captions) - 1  # "cat" and "CAT" are one
     assert scores.info["files"] == stage.files.files
-    assert (scores.info["model"], scores.info["timestep"], scores.info["seeds"]) == ("model", 981, 2)
+    assert (scores.info["model"], scores.info["timesteps"], scores.info["seeds"]) == ("model", [981], 2)
     assert (scores.info["prediction_type"], scores.info["dtype"]) == ("epsilon", "float32")
     assert scores.info["latent_shape"] == [4, LATENT_SIDE, LATENT_SIDE]
-
-
-def test_no_model_gives_no_scores(tmp_path: Path) -> None:
-    assert score_captions(pa.chunked_array([["a"]]), "", None, Store(tmp_path), Config(), lambda c, _: c) is None
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
@@ -234,36 +230,36 @@ def test_the_epsilon_scale_divides_by_the_square_root_of_the_elements(
     alpha_bar = float(DDIMScheduler.from_pretrained(models[kind], subfolder="scheduler").alphas_cumprod[981])
     factor = alpha_bar**0.5 if kind == "v_prediction" else (alpha_bar / (1 - alpha_bar)) ** 0.5
     assert factor == pytest.approx(0.07, abs=0.01)
-    np.testing.assert_allclose(scores.magnitude_eps, scores.magnitude * factor / (4 * LATENT_SIDE**2) ** 0.5, rtol=1e-5)
+    np.testing.assert_allclose(scores.samples_eps, scores.samples * factor / (4 * LATENT_SIDE**2) ** 0.5, rtol=1e-5)
 
 
 def test_the_epsilon_scale_is_null_where_it_says_nothing(tmp_path: Path) -> None:
     zero_snr: dict[str, Any] = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     scores = Stage(Store(tmp_path / "run"), write_pipeline(tmp_path / "m", "v_prediction", **zero_snr), CAPTIONS)()
-    assert scores.info["timestep"] == 999
-    assert np.isnan(scores.magnitude_eps).all()
-    assert (scores.magnitude[:3] > 0).all()
+    assert scores.info["timesteps"] == [999]
+    assert np.isnan(scores.samples_eps).all()
+    assert (scores.samples[:3] > 0).all()
+
+
+def stopped(sizes: Iterator[int], total: int, unit: str) -> Iterator[int]:
+    yield next(sizes)
+    raise KeyboardInterrupt
 
 
 def test_an_interrupted_stage_goes_on_from_its_finished_chunks(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memfilter.magnitude._CHUNK", 3)
+    monkeypatch.setattr("memfilter.scores._PASSES", 8)
     whole = Stage(Store(stage.store.path.with_name("whole")), stage.model, stage.captions)()
     chunks = stage.store.scores / "captions"
-
-    def stopped(starts: Iterator[int], total: int) -> Iterator[int]:
-        yield next(starts)
-        yield next(starts)
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         stage(stopped)
     left = {part: part.stat().st_ino for part in chunks.iterdir()}
-    assert sorted(part.name for part in left) == ["000000.parquet", "000001.parquet"]
+    assert [part.name for part in left] == ["000000.parquet"]
 
-    def watched(starts: Iterator[int], total: int) -> Iterator[int]:
-        yield from starts
+    def watched(sizes: Iterator[int], total: int, unit: str) -> Iterator[int]:
+        assert (total, unit) == (3, "caption")  # of seven conditions four are done
+        yield from sizes
         assert {part: part.stat().st_ino for part in left} == left
-        assert len(list(chunks.iterdir())) == total == 3
+        assert len(list(chunks.iterdir())) == 2
 
     assert same(stage(watched), whole)
     assert not chunks.exists()
@@ -271,14 +267,10 @@ def test_an_interrupted_stage_goes_on_from_its_finished_chunks(stage: Stage, mon
 
 
 def test_chunks_of_another_size_are_not_taken_for_finished(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(starts: Iterator[int], total: int) -> Iterator[int]:
-        yield next(starts)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("memfilter.magnitude._CHUNK", 3)
+    monkeypatch.setattr("memfilter.scores._PASSES", 8)
     with pytest.raises(KeyboardInterrupt):
         stage(stopped)
-    monkeypatch.setattr("memfilter.magnitude._CHUNK", 5)
+    monkeypatch.undo()
     assert same(stage(), Stage(Store(stage.store.path.with_name("whole")), stage.model, stage.captions)())
 
 
@@ -291,7 +283,7 @@ def test_a_finished_table_needs_no_model(stage: Stage) -> None:
     assert same(stage(threshold=1.0), before)
     assert same(stage(threshold={"quantile": 0.5}), before)
     assert table.stat().st_ino == written
-    assert stage.chunks == [1]
+    assert stage.chunks == [7]
 
 
 def test_a_model_that_was_taken_away_is_missed_once_it_is_needed(stage: Stage) -> None:
@@ -307,7 +299,7 @@ def test_other_seeds_dtype_or_captions_score_again(stage: Stage) -> None:
     assert not same(stage(dtype="bfloat16"), before)
     assert same(stage(), before)
     stage.captions = stage.captions[1:]
-    assert np.array_equal(stage().magnitude, before.magnitude[1:])
+    assert np.array_equal(stage().samples, before.samples[1:])
     assert len(stage.chunks) == 5
 
 
@@ -318,9 +310,9 @@ def test_changed_model_files_score_again(stage: Stage) -> None:
     save_file(weights, stage.model / UNET, {"format": "pt"})
     again = Stage(stage.store, stage.model, stage.captions)
     after = again()
-    assert again.chunks == [1]
+    assert again.chunks == [7]
     assert after.info["files"] != before.info["files"]
-    np.testing.assert_allclose(after.magnitude, before.magnitude, atol=1e-5)
+    np.testing.assert_allclose(after.samples, before.samples, atol=1e-5)
 
 
 def test_files_that_shape_no_score_do_not_count(broken: Path) -> None:
@@ -339,9 +331,14 @@ def test_files_that_shape_no_score_do_not_count(broken: Path) -> None:
 
 def limit(wanted: Any, own: list[float], reference: list[float] | None = None, samples: list[int] | None = None) -> Any:
     magnitudes = np.array(own, np.float32)
-    scores = Scores(magnitudes, magnitudes, None if reference is None else np.array(reference, np.float32), {})
     rows = np.array(range(len(own)) if samples is None else samples, np.int64)
-    return threshold(Config.parse({"magnitude": {"threshold": wanted}}), scores, rows)
+    about = dict.fromkeys(
+        ["files", "mode", "prediction_type", "timesteps", "latent_shape", "seeds", "dtype", "guidance", "denoiser"]
+    )
+    own_reference = None if reference is None else np.array(reference, np.float32)
+    scores = Scores(magnitudes, magnitudes[rows], magnitudes[rows], about, own_reference)
+    found = find_threshold(Config.parse({"magnitude": {"threshold": wanted}}), scores, np.ones(len(rows), bool))
+    return found and found.magnitude
 
 
 def test_a_threshold_by_value_is_that_value() -> None:
@@ -390,12 +387,12 @@ def test_a_false_positive_rate_holds_on_the_reference_file(stage: Stage, scorer:
     reference.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     wanted = {"false_positive_rate": 0.25, "reference": str(reference)}
     scores = stage(threshold=wanted)
-    expected = scorer.score(lines).mean(1, dtype=np.float64).astype(np.float32)
+    expected = scorer.score(lines).mean((1, 2), dtype=np.float64).astype(np.float32)
     assert scores.reference is not None
     assert np.array_equal(scores.reference, expected)
-    lowest = threshold(Config.parse({"magnitude": {"threshold": wanted}}), scores, np.arange(3))
+    lowest = find_threshold(Config.parse({"magnitude": {"threshold": wanted}}), scores, np.ones(8, bool))
     assert lowest is not None
-    assert (expected >= lowest).sum() == 2
+    assert (expected >= lowest.magnitude).sum() == 2
     shutil.rmtree(stage.model)
     assert np.array_equal(stage(threshold={**wanted, "false_positive_rate": 0.5}).reference, expected)  # type: ignore[arg-type]
 
@@ -553,7 +550,7 @@ def config(model: Path, **magnitude: Any) -> Config:
 
 
 def magnitudes(scorer: Scorer) -> npt.NDArray[np.float32]:
-    scores: npt.NDArray[np.float32] = scorer.score(run_captions()).mean(1, dtype=np.float64).astype(np.float32)
+    scores: npt.NDArray[np.float32] = scorer.score(run_captions()).mean((1, 2), dtype=np.float64).astype(np.float32)
     return scores
 
 

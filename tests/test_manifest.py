@@ -146,7 +146,7 @@ def scored(tmp_path: Path) -> Manifest:
     keepers = caption_keepers(samples, captions, caption, store, config)
     groups = group(samples, find_edges(samples, store, config), caption, keepers, config)
     high = np.array([5.0 if "key" in text else 0.5 for text in captions["text"].to_pylist()], np.float32)
-    scores = Scores(high, high / 64, None, {"conditions": 3})
+    scores = Scores(high, high[caption], high[caption] / 64, {"conditions": 3})
     decisions = decide(samples, groups, captions, scores, 2.0, config.policy)
     about = {k: v for k, v in run.info.items() if k not in ("schema_version", "counts", "files", "digest")}
     about["found"] = statistics(samples, groups, decisions, scores, store)

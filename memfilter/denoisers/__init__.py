@@ -7,13 +7,13 @@ nothing is unpickled and no remote code is run.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
 from ..store import file_digest
-from .base import Condition, Denoiser, Diffusion, Index, Token, has, quiet, read_index, silent
+from .base import Condition, Denoiser, Diffusion, Flow, Index, Source, Token, has, quiet, read_index, silent
 from .flux import Flux
 from .lumina2 import Lumina2
 from .pixart import PixArt
@@ -26,6 +26,7 @@ __all__ = [
     "Condition",
     "Denoiser",
     "Diffusion",
+    "Flow",
     "ModelFiles",
     "Token",
     "find_model",
@@ -56,13 +57,14 @@ class ModelFiles:
 
     spec: str
     name: str
-    files: dict[str, str]
+    files: dict[str, str] = field(hash=False)
 
 
-def find_model(spec: str) -> ModelFiles:
+def find_model(spec: str, images: bool = False) -> ModelFiles:
     """Return the files of the pipeline in a folder, or of a hub id, fetched if need be.
 
-    Raises ModelError when there is no diffusers pipeline under that name, or one that cannot be scored.
+    The autoencoder's weights are among them only where scores rest on `images`.  Raises ModelError when there is no
+    diffusers pipeline under that name, or one that cannot be scored.
     """
     path = _folder(spec)
     if not (path / "model_index.json").is_file():
@@ -72,10 +74,13 @@ def find_model(spec: str) -> ModelFiles:
         family = _family(index)
     except ModelError as e:
         raise ModelError(f"{spec}: {e}") from e
-    places = [path / part for part in family.parts if part not in family.optional or has(index, part)]
+    parts = [*family.parts, "vae"] if images and has(index, "vae") else family.parts
+    places = [path / part for part in parts if part not in family.optional or has(index, part)]
     folders = [place for place in places if not place.suffix]
     if missing := [place.name for place in folders if not place.is_dir()]:
         raise ModelError(f"{spec}: has no {', '.join(missing)} folder: not a whole {index['_class_name']}")
+    if "vae" in parts and not any((path / "vae").glob("*.safetensors")):
+        raise ModelError(f"{spec}: vae holds no safetensors file; save or fetch it again")
     within = [p for folder in folders for p in folder.rglob("*") if p.suffix in _SUFFIXES]
     files = sorted(p for p in {*within, *places} if p.is_file())
     name = path.resolve().name if Path(spec).is_dir() else spec
@@ -113,21 +118,21 @@ def _family(index: Index) -> Any:
     return family
 
 
-def load_denoiser(model: ModelFiles, dtype: str) -> Denoiser:
-    """Return the pipeline's denoiser on the GPU if there is one, else on the CPU, in evaluation mode.
+def load_denoiser(model: ModelFiles, dtype: str, device: str | None = None) -> Denoiser:
+    """Return the pipeline's denoiser on a device, by default the GPU if there is one, else the CPU, for evaluation.
 
     `auto` is float16 on a GPU and float32 on a CPU.  Raises ModelError for a pipeline that cannot be loaded whole or is
     of a family that has no adapter.
     """
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind = {"auto": "float16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = {"auto": "float16" if place.type == "cuda" else "float32"}.get(dtype, dtype)
     folder = _folder(model.spec)
     try:
         with quiet():
             index = read_index(folder)
-            denoiser: Denoiser = _family(index)(folder, index, device, getattr(torch, kind))
+            denoiser: Denoiser = _family(index)(Source(folder, index), place, getattr(torch, kind))
             return denoiser
     except ModelError as e:
         raise ModelError(f"{model.spec}: {e}") from e

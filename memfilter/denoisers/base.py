@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelError
+from .autoencoder import encode, vae_config, vae_scale
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +93,30 @@ class Denoiser(Protocol):
         """Return the square of the image's factor in x_t: the cumulative product of the alphas, or (1 - sigma)^2."""
         ...
 
+    def timesteps(self, steps: int) -> list[float]:
+        """Return the timesteps of a schedule of so many steps, from noise to image."""
+        ...
+
+    def step(self, prediction: torch.Tensor, timestep: float, x: torch.Tensor) -> torch.Tensor:
+        """Return the latents at the next timestep of the schedule last asked for, or after its last the image's."""
+        ...
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timestep: float) -> torch.Tensor:
+        """Return x_t of an image's latents and noise, both (B, C, H, W)."""
+        ...
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """The height and the width in pixels of the images whose latents have `latent_shape`; may raise ModelError."""
+        ...
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return latents (B, C, H, W) of images, float32 (B, 3, *image_size) from -1 to 1: the same for equal images.
+
+        Raises ModelError where the model has none.
+        """
+        ...
+
 
 class Diffusion:
     """The variance-preserving schedule of a folder's scheduler: x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise."""
@@ -117,21 +142,31 @@ class Diffusion:
         """Return the cumulative product of the alphas at a timestep."""
         return float(self._schedule.alphas_cumprod[int(timestep)])
 
-    def timesteps(self, steps: int) -> list[int]:
-        """Return the timesteps of a DDIM schedule of so many steps, from noise to image."""
+    def timesteps(self, steps: int) -> list[float]:
+        """Return the timesteps of a DDIM schedule of so many steps, whole numbers, from noise to image."""
         self._schedule.set_timesteps(steps)
         return [int(t) for t in self._schedule.timesteps]
 
-    def step(self, prediction: torch.Tensor, timestep: int, x: torch.Tensor) -> torch.Tensor:
+    def step(self, prediction: torch.Tensor, timestep: float, x: torch.Tensor) -> torch.Tensor:
         """Return the latents at the next timestep of the schedule last asked for: a DDIM step, without new noise."""
-        after: torch.Tensor = self._schedule.step(prediction, timestep, x, return_dict=False)[0]
+        after: torch.Tensor = self._schedule.step(prediction, int(timestep), x, return_dict=False)[0]
         return after
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timestep: float) -> torch.Tensor:
+        """Return sqrt(abar) latents + sqrt(1 - abar) noise."""
+        alpha_bar = self.alpha_bar(timestep)
+        noisy: torch.Tensor = alpha_bar**0.5 * latents + (1 - alpha_bar) ** 0.5 * noise
+        return noisy
 
 
 class Flow:
     """Rectified flow: x_t = (1 - sigma) x_0 + sigma noise, where sigma = t / 1000; predicted is noise - x_0."""
 
     prediction_type = "flow"
+    latent_shape: tuple[int, int, int]
+
+    _gives_sigmas = True  # whether the family's pipeline gives its scheduler sigmas from 1 down to 1 / steps
+    _max_shift = 1.15  # the pipeline's own, where the scheduler's config does not tell
 
     def _read_schedule(self, folder: Path) -> None:
         import diffusers
@@ -140,17 +175,62 @@ class Flow:
         if (name := _scheduler(folder)) not in known:
             raise ModelError(f"its scheduler is a {name}; that of a flow is a {' or a '.join(known)}")
         self._schedule = getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
+        if not self._schedule.config.get("use_flow_sigmas", True):
+            raise ModelError(f"its scheduler is a {name} without use_flow_sigmas: not that of a flow")
 
     def first_timestep(self, steps: int) -> int:
         """Return the first timestep of the pipeline's own schedule of so many steps: all noise."""
-        # how far the image's size shifts the schedule does not matter: its first step stays where it is
-        shift = {"mu": 1.0} if self._schedule.config.get("use_dynamic_shifting") else {}
-        self._schedule.set_timesteps(steps, **shift)
-        return round(float(self._schedule.timesteps[0]))
+        return round(self.timesteps(steps)[0])
 
     def alpha_bar(self, timestep: float) -> float:
         """Return (1 - sigma)^2 at a timestep."""
         return (1 - timestep / float(self._schedule.config.num_train_timesteps)) ** 2
+
+    def timesteps(self, steps: int) -> list[float]:
+        """Return the timesteps of the pipeline's own schedule of so many steps for the latents' size, falling."""
+        config = self._schedule.config
+        settings: dict[str, Any] = {}
+        # the solver of some pipelines has sigmas of its own
+        if self._gives_sigmas and not config.get("use_flow_sigmas"):
+            settings["sigmas"] = np.linspace(1, 1 / steps, steps)
+        if config.get("use_dynamic_shifting"):
+            settings["mu"] = self._shift()
+        self._schedule.set_timesteps(steps, **settings)
+        return [float(t) for t in self._schedule.timesteps]
+
+    def step(self, prediction: torch.Tensor, timestep: float, x: torch.Tensor) -> torch.Tensor:
+        """Return the latents at the next sigma of the schedule last asked for: an Euler step."""
+        now = int((self._schedule.timesteps.double() - timestep).abs().argmin())
+        sigma, after = self._schedule.sigmas[now : now + 2].tolist()
+        following: torch.Tensor = x + (after - sigma) * prediction
+        return following
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timestep: float) -> torch.Tensor:
+        """Return (1 - sigma) latents + sigma noise."""
+        image = self.alpha_bar(timestep) ** 0.5
+        noisy: torch.Tensor = image * latents + (1 - image) * noise
+        return noisy
+
+    def _shift(self) -> float:
+        """Return mu, which grows linearly with the transformer's tokens of an image: Esser et al. 2024, *Scaling
+        Rectified Flow Transformers*, as the pipelines have it.
+        """
+        config = self._schedule.config
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        least, most = config.get("base_shift", 0.5), config.get("max_shift", self._max_shift)
+        return float(least + (most - least) * (self._image_tokens() - low) / (high - low))
+
+    def _image_tokens(self) -> int:
+        _, height, width = self.latent_shape
+        return (height // 2) * (width // 2)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a pipeline's parts lie."""
+
+    folder: Path
+    index: Index
 
 
 class Family:
@@ -162,12 +242,15 @@ class Family:
     pipelines: ClassVar[tuple[str, ...]]
     parts: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
+    autoencoder: ClassVar[str] = "AutoencoderKL"
 
     settings: dict[str, Any]
     latent_shape: tuple[int, int, int]
+    _network: Any
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
+        self._source, self.device, self.dtype = source, device, dtype
+        self._autoencoder: Any = None
 
     def encode(self, captions: list[str]) -> Condition:
         """Return the captions' condition."""
@@ -183,6 +266,62 @@ class Family:
         """
         kind = type(self).__name__
         raise ModelError(f"words have no weights under {kind}: its text states are not one row for each token")
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """The height and the width in pixels of the images whose latents have `latent_shape`."""
+        scale = vae_scale(self._source.folder) if self._has_autoencoder() else 1
+        return self.latent_shape[1] * scale, self.latent_shape[2] * scale
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return latents (B, C, H, W) of images, (B, 3, *image_size) from -1 to 1, as the denoiser takes them.
+
+        They are the mean of the autoencoder's posterior, in float32 or better; the pixels themselves in a pipeline
+        without an autoencoder.  It is loaded when first asked for.  Raises ModelError for an autoencoder that is not
+        whole, and latents of another shape than the denoiser's.
+        """
+        import torch
+
+        with torch.no_grad():
+            if self._has_autoencoder():
+                self._autoencoder = self._autoencoder or self._load_autoencoder()
+                latents = encode(self._autoencoder, pixels)
+            else:
+                latents = pixels.to(torch.promote_types(self.dtype, torch.float32))
+        if latents.shape[1:] != (expected := tuple(self.latent_shape)):
+            raise ModelError(
+                f"images of {tuple(pixels.shape[1:])} become latents of {tuple(latents.shape[1:])}, and the denoiser "
+                f"takes {expected}; it takes images of {(3, *self.image_size)}"
+            )
+        return latents
+
+    def _has_autoencoder(self) -> bool:
+        """Return whether there is one; raises ModelError where there is none and the latents are no pixels."""
+        if has(self._source.index, "vae"):
+            return True
+        if self.latent_shape[0] != 3:
+            raise ModelError(
+                f"the pipeline has no autoencoder (vae), and its denoiser takes {self.latent_shape[0]} channels, not "
+                "the 3 of an image: pairs cannot be scored"
+            )
+        return False
+
+    def _load_autoencoder(self) -> Any:
+        import diffusers
+        import torch
+
+        folder = self._source.folder
+        # some overflow in half precision, and say so; of the others none is known to be safe in it
+        exact = torch.promote_types(self.dtype, torch.float32)
+        dtype = exact if vae_config(folder).get("force_upcast", True) else self.dtype
+        try:
+            with quiet():
+                return self._load(getattr(diffusers, self.autoencoder), folder / "vae", dtype)
+        except ModelError:
+            raise
+        except Exception as e:  # diffusers raises what it likes
+            cause = " ".join(str(e).split())[:200]
+            raise ModelError(f"{folder}: the autoencoder cannot be loaded: {type(e).__name__}: {cause}") from e
 
     def _load(self, kind: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
         """Return a model of which every weight was in the folder's safetensors files; raises ModelError."""
@@ -217,12 +356,23 @@ class Family:
 
     def _load_denoiser(self, kind: Any, folder: Path) -> Any:
         # cast as well: diffusers leaves some of them in float32 where accelerate is not installed
-        return self._load(kind, folder).to(self.dtype)
+        self._network = self._load(kind, folder).to(self.dtype)
+        return self._network
+
+    def compile(self) -> None:
+        """Have torch compile the denoiser for batches of one size, with CUDA graphs where it runs on a GPU."""
+        import torch
+
+        if self.device.type == "cuda":  # its convolutions are fastest so
+            self._network.to(memory_format=torch.channels_last)
+        self._network.compile(mode="reduce-overhead" if self.device.type == "cuda" else "default", dynamic=False)
 
     def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
         import torch
 
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        # from pinned memory, so that the copy does not wait for what the GPU has still to do
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _times(self, time: float, count: int) -> torch.Tensor:
         import torch
@@ -276,30 +426,6 @@ def square(size: Any, channels: int) -> tuple[int, int, int]:
     """Return the latent shape of a model's sample_size, a side or two."""
     sides = size if isinstance(size, (list, tuple)) else (size, size)
     return (int(channels), int(sides[0]), int(sides[1]))
-
-
-def vae_scale(folder: Path) -> int:
-    """Return how many pixels a latent spans on a side, 8 where the autoencoder's config does not tell."""
-    try:
-        return 1 << (len(_vae_config(folder)["block_out_channels"]) - 1)
-    except (KeyError, TypeError):
-        return 8
-
-
-def latent_side(folder: Path) -> int:
-    """Return the side of the latents of the autoencoder's own image size, or else of 1024 pixels: for transformers
-    that take any size.
-    """
-    size = _vae_config(folder).get("sample_size", 1024)
-    return int(size) // vae_scale(folder)
-
-
-def _vae_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = {}
-    return config if isinstance(config, dict) else {}
 
 
 def _scheduler(folder: Path) -> str:

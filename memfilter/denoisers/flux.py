@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .base import Condition, Family, Flow, Index, Token, Tokens, latent_side, packed, spans, tokenise
+from .autoencoder import latent_side
+from .base import Condition, Family, Flow, Source, Token, Tokens, packed, spans, tokenise
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +24,12 @@ class Flux(Flow, Family):
 
     _T5_LENGTH = 512  # the pipeline's own; nothing masks the padding, so the length shapes the prediction
 
-    def __init__(self, folder: Path, index: Index, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         from diffusers import FluxTransformer2DModel
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-        super().__init__(device, dtype)
+        super().__init__(source, device, dtype)
+        folder = source.folder
         self._clip_tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._t5_tokenizer = T5TokenizerFast.from_pretrained(folder / "tokenizer_2", local_files_only=True)
         self._clip = self._load(CLIPTextModel, folder / "text_encoder")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import Condition, Family, Flow, Index, packed, square, tokenise
+from .base import Condition, Family, Flow, Source, packed, square, tokenise
 
 if TYPE_CHECKING:
     import torch
@@ -21,11 +20,12 @@ class Lumina2(Flow, Family):
     pipelines = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")
     parts = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer")
 
-    def __init__(self, folder: Path, index: Index, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
         from transformers import Gemma2Model, GemmaTokenizerFast
 
-        super().__init__(device, dtype)
+        super().__init__(source, device, dtype)
+        folder = source.folder
         self._tokenizer = GemmaTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._tokenizer.padding_side = "right"
         self._text_encoder = self._load_but_last_layer(Gemma2Model, folder / "text_encoder")
@@ -58,6 +58,9 @@ class Lumina2(Flow, Family):
             return_dict=False,
         )[0]
         return -out
+
+    def _image_tokens(self) -> int:
+        return self.latent_shape[0]  # as the pipeline counts them: its latents are not in packets
 
     def _ids(self, captions: list[str]) -> Any:
         texts = [f"{self._system_prompt} <Prompt Start> {caption}" for caption in captions]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import Condition, Diffusion, Family, Index, Token, packed, spans, square, tokenise, vae_scale
+from .autoencoder import vae_scale
+from .base import Condition, Diffusion, Family, Source, Token, packed, spans, square, tokenise
 
 if TYPE_CHECKING:
     import torch
@@ -19,11 +19,12 @@ class PixArt(Diffusion, Family):
     pipelines = tuple(_LENGTHS)
     parts = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae/config.json")
 
-    def __init__(self, folder: Path, index: Index, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         from diffusers import PixArtTransformer2DModel
         from transformers import T5EncoderModel, T5TokenizerFast
 
-        super().__init__(device, dtype)
+        super().__init__(source, device, dtype)
+        folder, index = source.folder, source.index
         self._tokenizer = T5TokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._text_encoder = self._load(T5EncoderModel, folder / "text_encoder")
         self._transformer = self._load_denoiser(PixArtTransformer2DModel, folder / "transformer")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import Condition, Family, Flow, Index, packed, tokenise
+from .base import Condition, Family, Flow, Source, packed, tokenise
 from .flux import pack, unpack
 
 if TYPE_CHECKING:
@@ -23,12 +22,14 @@ class QwenImage(Flow, Family):
 
     pipelines = ("QwenImagePipeline", "QwenImageImg2ImgPipeline")
     parts = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer")
+    autoencoder = "AutoencoderKLQwenImage"
 
-    def __init__(self, folder: Path, index: Index, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
         from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
 
-        super().__init__(device, dtype)
+        super().__init__(source, device, dtype)
+        folder = source.folder
         self._tokenizer = Qwen2TokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
         # without its head, which would hold a number a token for every word there is
         self._text_encoder = self._load_language_model(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import Condition, Family, Flow, Index, packed, square, tokenise
+from .base import Condition, Family, Flow, Source, packed, square, tokenise
 
 if TYPE_CHECKING:
     import torch
@@ -21,12 +20,16 @@ class Sana(Flow, Family):
 
     pipelines = ("SanaPipeline",)
     parts = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer")
+    autoencoder = "AutoencoderDC"
 
-    def __init__(self, folder: Path, index: Index, device: torch.device, dtype: torch.dtype) -> None:
+    _gives_sigmas = False
+
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         from diffusers import SanaPipeline, SanaTransformer2DModel
         from transformers import Gemma2Model, GemmaTokenizerFast
 
-        super().__init__(device, dtype)
+        super().__init__(source, device, dtype)
+        folder = source.folder
         self._tokenizer = GemmaTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._tokenizer.padding_side = "right"
         self._text_encoder = self._load_language_model(Gemma2Model, folder / "text_encoder")

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from .autoencoder import vae_scale
 from .base import (
     Condition,
     Diffusion,
     Family,
     Flow,
-    Index,
+    Source,
     Token,
     Tokens,
     has,
@@ -19,7 +20,6 @@ from .base import (
     spans,
     square,
     tokenise,
-    vae_scale,
 )
 
 if TYPE_CHECKING:
@@ -32,11 +32,12 @@ class StableDiffusion(Diffusion, Family):
     pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionControlNetPipeline")
     parts = ("scheduler", "text_encoder", "tokenizer", "unet")
 
-    def __init__(self, folder: Path, index: Index, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         from diffusers import UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
 
-        super().__init__(device, dtype)
+        super().__init__(source, device, dtype)
+        folder = source.folder
         self._tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._text_encoder = self._load(CLIPTextModel, folder / "text_encoder")
         self._unet = self._load_denoiser(UNet2DConditionModel, folder / "unet")
@@ -105,11 +106,12 @@ class StableDiffusionXL(Diffusion, _TwoClips):
         "vae/config.json",
     )
 
-    def __init__(self, folder: Path, index: Index, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         from diffusers import UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        super().__init__(device, dtype)
+        super().__init__(source, device, dtype)
+        folder, index = source.folder, source.index
         self._read_clips(folder, CLIPTextModel, CLIPTextModelWithProjection)
         self._unet = self._load_denoiser(UNet2DConditionModel, folder / "unet")
         self._read_schedule(folder, steps_offset=1)
@@ -166,13 +168,16 @@ class StableDiffusion3(Flow, _TwoClips):
     )
     optional = ("text_encoder_3", "tokenizer_3")
 
+    _gives_sigmas = False
+    _max_shift = 1.16
     _T5_LENGTH = 256  # the pipeline's own; nothing masks the padding, so the length shapes the prediction
 
-    def __init__(self, folder: Path, index: Index, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         from diffusers import SD3Transformer2DModel
         from transformers import CLIPTextModelWithProjection, T5EncoderModel, T5TokenizerFast
 
-        super().__init__(device, dtype)
+        super().__init__(source, device, dtype)
+        folder, index = source.folder, source.index
         self._read_clips(folder, CLIPTextModelWithProjection, CLIPTextModelWithProjection)
         self._t5 = None
         if has(index, "text_encoder_3"):
@@ -215,6 +220,11 @@ class StableDiffusion3(Flow, _TwoClips):
             return_dict=False,
         )[0]
         return out
+
+    def _image_tokens(self) -> int:
+        patch = int(self._transformer.config.patch_size)
+        _, height, width = self.latent_shape
+        return (height // patch) * (width // patch)
 
 
 _TOKENIZERS = ("tokenizer", "tokenizer_2")

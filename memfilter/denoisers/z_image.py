@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import Condition, Family, Flow, Index, latent_side, packed, tokenise
+from .autoencoder import latent_side
+from .base import Condition, Family, Flow, Source, packed, tokenise
 
 if TYPE_CHECKING:
     import torch
@@ -19,11 +19,12 @@ class ZImage(Flow, Family):
     pipelines = ("ZImagePipeline", "ZImageImg2ImgPipeline")
     parts = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae/config.json")
 
-    def __init__(self, folder: Path, index: Index, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         from diffusers import ZImageTransformer2DModel
         from transformers import Qwen2TokenizerFast, Qwen3Model
 
-        super().__init__(device, dtype)
+        super().__init__(source, device, dtype)
+        folder = source.folder
         self._tokenizer = Qwen2TokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
         self._text_encoder = self._load_but_last_layer(Qwen3Model, folder / "text_encoder")
         self._transformer = self._load_denoiser(ZImageTransformer2DModel, folder / "transformer")
