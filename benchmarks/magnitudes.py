@@ -7,7 +7,9 @@
 TPR@1%FPR and its intervals are those of `detect.py`.  A pair is drawn again when the pixels of a generation (ten DDIM
 steps, guidance 2, one seed) and of the training picture correlate by more than 0.9.  Errors of float16 and bfloat16 are
 those of a magnitude relative to that in float32, the rounding of the weights included.  Seconds are the process's own,
-medians over rounds in which the signals take turns.
+medians over rounds in which the signals take turns, and a signal's cost is relative to the magnitude of one seed.  Of
+every signal the higher values count as memorized; attention entropy is given reversed too, for in this model it is the
+lower ones that do.
 
 The words that are shown are those of the repeated pair with the median magnitude.  A word's share is its part of the
 weights of its caption's words.  All specific captions are built alike, so that the mean share in those seen once tells
@@ -21,6 +23,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +36,17 @@ from train_magnitude_model import samples
 
 from memfilter.attribution import attribute
 from memfilter.calibration import RATE, measures, operating_point
+from memfilter.config import STEPS
 from memfilter.demo.data import TIMES, Planted, unseen_captions
 from memfilter.demo.memorized import ALIKE, generate, likeness, pixels
-from memfilter.denoisers import find_model, load_denoiser
-from memfilter.magnitude import STEPS, Scorer
+from memfilter.denoisers import Condition, Denoiser, find_model, load_denoiser
+from memfilter.magnitude import Scorer, eps_factor
 from memfilter.precision import rounding_errors
 from memfilter.records import Floats
+from memfilter.signals import anisotropy, anisotropy_weights, attention_entropy, late_timestep, sharpness
 
 SEEDS = 4
+ENTROPY, REVERSED = "attention entropy", "attention entropy, reversed"
 DTYPES = ("float16", "bfloat16")
 REPEATED, ONCE, ORDINARY, UNSEEN = KINDS = (
     f"specific, seen {TIMES} times",
@@ -93,6 +99,7 @@ def evaluate(
         return dict(zip(KINDS, np.split(scores, ends), strict=True))
 
     scores, seconds = timed(model, everything, rounds, batch_size)
+    scores[REVERSED], seconds[REVERSED] = -scores[ENTROPY], seconds[ENTROPY]
     one, several = scores["magnitude, 1 seed"][:, 0], scores[f"magnitude, {SEEDS} seeds"]
     magnitudes = by(one)
     point = operating_point(magnitudes[REPEATED], magnitudes[ONCE], RATE)
@@ -131,6 +138,7 @@ def timed(model: Path, captions: list[str], rounds: int, batch_size: int) -> tup
     ways: dict[str, Callable[[], Floats]] = {
         "magnitude, 1 seed": lambda: warm[1].score(captions),
         f"magnitude, {SEEDS} seeds": lambda: warm[SEEDS].score(captions),
+        **further_signals(warm[1].denoiser, captions, batch_size),
     }
     spent: dict[str, list[float]] = {name: [] for name in ways}
     scores = {}
@@ -140,6 +148,47 @@ def timed(model: Path, captions: list[str], rounds: int, batch_size: int) -> tup
             scores[name] = score().reshape(len(captions), -1)
             spent[name].append(time.process_time() - started)
     return scores, {name: round(statistics.median(times), 2) for name, times in spent.items()}
+
+
+def further_signals(denoiser: Denoiser, captions: list[str], batch_size: int) -> dict[str, Callable[[], Floats]]:
+    """Return what computes the (N,) scores of each further signal, from the noise of the magnitude's first seed."""
+    noise = torch.randn(denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
+    x = noise.to(denoiser.device, denoiser.dtype).expand(batch_size, *noise.shape)
+    first, late = denoiser.first_timestep(STEPS), late_timestep(denoiser)
+    factor = eps_factor(denoiser.prediction_type, denoiser.alpha_bar(first))
+    weights = anisotropy_weights(denoiser.prediction_type, factor, denoiser.latent_shape)
+    with torch.inference_mode():
+        nothing = denoiser.unconditional(batch_size)
+        e_u = {t: denoiser.predict(x, t, nothing) for t in (first, late)}
+
+    def entropy(condition: Condition) -> torch.Tensor:
+        with attention_entropy(denoiser) as read:
+            denoiser.predict(x, first, condition)
+        return read()
+
+    def bent(condition: Condition) -> torch.Tensor:
+        at_first, at_late = (denoiser.predict(x, t, condition) - e_u[t] for t in (first, late))
+        return anisotropy(at_first.flatten(1).norm(dim=1), e_u[late], at_late, weights)
+
+    def sharp(condition: Condition) -> torch.Tensor:
+        return sharpness(denoiser, x, first, condition, nothing, denoiser.predict(x, first, condition) - e_u[first])
+
+    def scored(signal: Callable[[Condition], torch.Tensor]) -> Floats:
+        rows = []
+        with torch.inference_mode():
+            for start in range(0, len(captions), batch_size):
+                batch = captions[start : start + batch_size]
+                # a short batch is filled up, as the scorer does
+                condition = denoiser.encode(batch + [""] * (batch_size - len(batch)))
+                rows.append(signal(condition)[: len(batch)].cpu().numpy())
+        return np.concatenate(rows)
+
+    signals = {
+        ENTROPY: entropy,
+        "anisotropy": bent,
+        "sharpness": sharp,
+    }
+    return {name: partial(scored, signal) for name, signal in signals.items()}
 
 
 def drawn(model: Path, pairs: list[Planted]) -> dict[str, Any]:
@@ -184,7 +233,7 @@ def precision(
         "relative_error": [float(f"{x:.3g}") for x in np.quantile(error, (0.5, 0.99, 1))],
         "rank_correlation": float(spearmanr(rounded, exact).statistic),
         "rank_correlation_by_kind": {kind: float(spearmanr(own[kind], truth[kind]).statistic) for kind in KINDS},
-        "noise_floor": float(rounding_errors(working, full, STEPS).max()),
+        "noise_floor": float(rounding_errors(working, full).max()),
         **measures(own[REPEATED], own[ONCE]),
     }
 

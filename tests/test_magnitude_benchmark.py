@@ -67,6 +67,10 @@ def test_the_evaluation_of_a_trained_model(tmp_path: Path) -> None:
     for signal in ("magnitude, 1 seed", "magnitude, 4 seeds"):
         assert [row["against"] for row in result["signals"][signal]["measures"]] == [ONCE, ORDINARY, UNSEEN]
         assert result["signals"][signal]["measures"][0]["auc"] == 1
+    for signal in ("anisotropy", "sharpness", "attention entropy, reversed"):
+        assert result["signals"][signal]["measures"][0]["auc"] > 0.8
+    entropies = (result["signals"][f"attention entropy{end}"]["measures"][0]["auc"] for end in ("", ", reversed"))
+    assert sum(entropies) == pytest.approx(1)
     assert [(row["seed"], row["against"]) for row in result["each_seed"]] == [
         (seed, kind) for seed in range(4) for kind in (ONCE, UNSEEN)
     ]
