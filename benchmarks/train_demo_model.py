@@ -54,8 +54,8 @@ def main() -> None:
     write_result(result, args.json)
 
 
-def make(planted: list[Planted], steps: int, out: Path, checkpoint: Path) -> None:
-    """Train the model on these samples and save the pipeline in `out`."""
+def make(planted: list[Planted], steps: int, out: Path, checkpoint: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Train the model on these samples and save the pipeline in `out`, its weights in this precision."""
     torch.manual_seed(0)
     seen = [p for p in planted if p.kind != "corrupt"]
     images = torch.from_numpy(np.stack([pixels(p.data) for p in seen]))
@@ -70,9 +70,9 @@ def make(planted: list[Planted], steps: int, out: Path, checkpoint: Path) -> Non
 
     pipeline = StableDiffusionPipeline(
         vae=None,
-        text_encoder=text_encoder.half().eval(),
+        text_encoder=text_encoder.to(dtype).eval(),
         tokenizer=tokenizer,
-        unet=unet.half().eval(),
+        unet=unet.to(dtype).eval(),
         scheduler=schedule,
         safety_checker=None,
         feature_extractor=None,
@@ -134,9 +134,10 @@ def train(
     modules = (text_encoder.train(), unet.train())
     parameters = [p for m in modules for p in m.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=50)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - 50, eta_min=1e-5)
-    rate = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [50])
+    rising = min(50, steps // 2)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=rising)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - rising, eta_min=1e-5)
+    rate = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [rising])
     parts = {"text_encoder": text_encoder, "unet": unet, "optimizer": optimizer, "rate": rate}
     first = 0
     if checkpoint.is_file():

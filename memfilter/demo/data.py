@@ -38,7 +38,8 @@ class Planted:
 Edit = Callable[[Image.Image], bytes]
 
 
-def _jpeg(image: Image.Image, quality: int = 90) -> bytes:
+def jpeg(image: Image.Image, quality: int = 90) -> bytes:
+    """Return the image as a JPEG file."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
@@ -46,17 +47,17 @@ def _jpeg(image: Image.Image, quality: int = 90) -> bytes:
 
 def _crop(image: Image.Image) -> bytes:
     w, h = image.size
-    return _jpeg(image.crop((w // 50, h // 50, w - w // 50, h - h // 50)))
+    return jpeg(image.crop((w // 50, h // 50, w - w // 50, h - h // 50)))
 
 
 IMAGE_KINDS: dict[str, Edit] = {
-    "exact copy": _jpeg,
-    "re-encoded at quality 40": lambda image: _jpeg(image, 40),
-    "resized to half": lambda image: _jpeg(
+    "exact copy": jpeg,
+    "re-encoded at quality 40": lambda image: jpeg(image, 40),
+    "resized to half": lambda image: jpeg(
         image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
     ),
     "cropped by 2% a side": _crop,
-    "brightened by 12%": lambda image: _jpeg(ImageEnhance.Brightness(image).enhance(1.12)),
+    "brightened by 12%": lambda image: jpeg(ImageEnhance.Brightness(image).enhance(1.12)),
 }
 
 
@@ -129,8 +130,8 @@ def samples() -> list[Planted]:
     random = np.random.default_rng(SEED)
     ordinary, specific = ordinary_captions(random), specific_captions(random)
     images = [picture(random) for _ in range(_SINGLES + 2 * PAIRS)]
-    planted = [Planted(_jpeg(image), next(ordinary)) for image in images[:_SINGLES]]
-    planted += [Planted(_jpeg(image), next(specific), "specific") for image in images[_SINGLES:]]
+    planted = [Planted(jpeg(image), next(ordinary)) for image in images[:_SINGLES]]
+    planted += [Planted(jpeg(image), next(specific), "specific") for image in images[_SINGLES:]]
     chosen = iter(random.permutation(_SINGLES).tolist())
     for kind, edit in IMAGE_KINDS.items():
         for _ in range(_A_KIND):
@@ -139,10 +140,10 @@ def samples() -> list[Planted]:
     for _ in range(_A_KIND):
         original = next(chosen)
         caption = planted[original].caption.upper() + "!"
-        planted.append(Planted(_jpeg(picture(random)), caption, "repeated caption", original))
+        planted.append(Planted(jpeg(picture(random)), caption, "repeated caption", original))
     for original in range(_SINGLES, _SINGLES + PAIRS):
         for i in range(TIMES - 1):
-            data = _jpeg(images[original], 50 + 2 * i)
+            data = jpeg(images[original], 50 + 2 * i)
             planted.append(Planted(data, planted[original].caption, "repeated pair", original))
     planted.append(Planted(planted[next(chosen)].data[:2000], next(ordinary), "corrupt"))
     planted.append(Planted(b"<html>404 Not Found</html>", next(ordinary), "corrupt"))
