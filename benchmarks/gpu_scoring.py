@@ -350,9 +350,7 @@ def eager_rates(plan: Plan, denoiser: Any, sizes: tuple[int, ...]) -> tuple[dict
             with torch.inference_mode():
                 once = seconds_of(lambda a=args, k=kwargs: denoiser._network(*a, **k), plan.device, 2)
                 count = max(2, round(plan.seconds / 3 / once))
-                rates[size] = size / seconds_of(
-                    lambda a=args, k=kwargs: denoiser._network(*a, **k), plan.device, count
-                )
+                rates[size] = size / seconds_of(lambda a=args, k=kwargs: denoiser._network(*a, **k), plan.device, count)
         except torch.cuda.OutOfMemoryError:
             rates[size] = None
             torch.cuda.empty_cache()

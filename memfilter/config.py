@@ -196,11 +196,18 @@ class Magnitude(_Section):
         | None
     ) = None
 
+    @field_validator("compile")
+    @classmethod
+    def _unseen(cls, compile: bool, info: ValidationInfo) -> bool:
+        if compile and "attention_entropy" in info.data.get("signals", ()):
+            raise PydanticCustomError("compile", "A compiled denoiser does not show attention_entropy")
+        return compile
+
     @field_validator("signals")
     @classmethod
     def _of_prompts(cls, signals: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         if signals and info.data.get("mode") != "prompt":
-            raise PydanticCustomError("signals", "They are measured in mode: prompt alone")
+            raise PydanticCustomError("signals", "They are measured in mode: prompt alone; give signals: []")
         return signals
 
 

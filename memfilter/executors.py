@@ -104,8 +104,8 @@ def _here(function: Callable[..., R], item: tuple[Any, ...], name: str) -> R:
 
 def _report(name: str, cause: str) -> str:
     return (
-        f"{name}: its worker died twice ({cause}); look at this shard, or run the same command again with fewer "
-        "--workers if memory is short"
+        f"{name}: its worker died twice ({cause}); look at it, or run the same command again with fewer "
+        "--workers (or magnitude.devices) if memory is short"
     )
 
 

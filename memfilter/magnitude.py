@@ -18,17 +18,17 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from . import signals
 from .config import GUIDANCE, STEPS, Magnitude
 from .denoisers import Condition, Denoiser, ModelFiles, find_model, load_denoiser
 from .errors import ConfigError, ModelError
 from .records import Floats
+from .signals import anisotropy, anisotropy_weights, attention_entropy, check_signals, late_timestep, sharpness
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,9 @@ log = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.uint8]
 
+MODES = ("prompt", "pair", "trajectory")
 _LOWEST_FACTOR = 0.01  # below it the epsilon scale says nothing
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,16 @@ class Scorer:
     ) -> None:
         """Make a scorer of one mode: `timesteps` are those of `pair`, `steps` and `guidance` shape a `trajectory`.
 
-        `signals` of a `prompt` are any of `attention_entropy`, `anisotropy` and `sharpness`.
+        `signals` of a `prompt` are any of `attention_entropy`, `anisotropy` and `sharpness`.  Raises ConfigError for a
+        mode or signals that there are not, ModelError for timesteps and signals that the model has not.
         """
         import torch
 
+        if mode not in MODES or (mode == "pair" and not timesteps) or (signals and mode != "prompt"):
+            raise ConfigError(
+                f"mode {mode!r} with timesteps {timesteps} and signals {signals}: a mode is one of {', '.join(MODES)}; "
+                "pair takes timesteps, and signals are of prompt alone"
+            )
         self.denoiser, self.batch_size, self.guidance, self.signals = denoiser, batch_size, guidance, tuple(signals)
         # drawn on the CPU in float32, so that every device and dtype sees the same noise
         noise = [torch.randn(denoiser.latent_shape, generator=torch.Generator().manual_seed(s)) for s in range(seeds)]
@@ -109,6 +117,7 @@ class Scorer:
             {"family": type(denoiser).__name__, **denoiser.settings},
             guidance if mode == "trajectory" else None,
         )
+        check_signals(denoiser, self.signals, self.scoring.timesteps[0])
         self._take_batches_of(batch_size)
 
     @classmethod
@@ -166,54 +175,59 @@ class Scorer:
     # -- batches --
 
     def _take_batches_of(self, size: int) -> None:
-        """Compute the unconditional in a full batch, so that it takes the path through the kernels that captions do."""
-        import torch
-
         self.batch_size = size
-        try:
-            with self._without_gradients():
-                self.nothing = self.denoiser.unconditional(size)
-                self.unconditional = []
-                for x in self.noise if self.scoring.mode != "pair" else ():
-                    self.unconditional.append(self._predict(x, self.scoring.timesteps[0], self.nothing)[:1])
-                if "anisotropy" in self.signals:
-                    late = signals.late_timestep(self.denoiser)
-                    self._late = late, [self._predict(x, late, self.nothing)[:1] for x in self.noise]
-        except torch.cuda.OutOfMemoryError as e:
-            self._halve(e)
+        while self._if_it_fits(self._without_captions) is None:
+            self.batch_size = self._half()
+
+    def _without_captions(self) -> bool:
+        """Compute the unconditional in a full batch, so that it takes the path through the kernels that captions do."""
+        with self._without_gradients():
+            self.nothing = self.denoiser.unconditional(self.batch_size)
+            self.unconditional = []
+            for x in self.noise if self.scoring.mode != "pair" else ():
+                self.unconditional.append(self._predict(x, self.scoring.timesteps[0], self.nothing)[:1])
+            if "anisotropy" in self.signals:
+                late = late_timestep(self.denoiser)
+                self._late = late, [self._predict(x, late, self.nothing)[:1] for x in self.noise]
+        return True
 
     def _in_batches(self, count: int, measure: Callable[[slice], torch.Tensor]) -> Floats:
-        """Return what `measure` gives (B, seeds, timesteps) of every batch of rows, on the CPU."""
-        import torch
-
+        """Return what `measure` gives (B, seeds, timesteps and signals) of every batch of rows, on the CPU."""
         columns = len(self.scoring.timesteps) + len(self.signals)
         found = [np.empty((0, self.scoring.seeds, columns), np.float32)]
         start, before = 0, None
         with self._without_gradients():
             while start < count:
                 rows = slice(start, min(start + self.batch_size, count))
-                try:
-                    launched = measure(rows)[: rows.stop - start]
-                except torch.cuda.OutOfMemoryError as e:
-                    self._halve(e)
+                launched = self._if_it_fits(partial(measure, rows))
+                if launched is None:
+                    self._take_batches_of(self._half())
                     continue
                 # fetched once the next batch is on its way: a GPU does not wait for this process
                 if before is not None:
                     found.append(before.cpu().numpy())
-                start, before = rows.stop, launched
+                start, before = rows.stop, launched[: rows.stop - start]
             if before is not None:
                 found.append(before.cpu().numpy())
         return np.concatenate(found)
 
-    def _halve(self, error: Exception) -> None:
+    def _if_it_fits(self, compute: Callable[[], T]) -> T | None:
+        """Return what `compute` does, None where it runs out of the GPU's memory: what it held is free again then."""
+        import torch
+
+        try:
+            return compute()
+        except torch.cuda.OutOfMemoryError:
+            return None
+
+    def _half(self) -> int:
         import torch
 
         if self.batch_size == 1:
-            raise ModelError("out of memory with a single caption; take a GPU with more, or a smaller dtype") from error
+            raise ModelError("out of memory with a single caption; take a GPU with more, or a smaller dtype")
         log.warning("out of memory with %d captions; going on with half of them at a time", self.batch_size)
-        self.nothing, self.unconditional = self.nothing[:1], []
         torch.cuda.empty_cache()
-        self._take_batches_of(self.batch_size // 2)
+        return self.batch_size // 2
 
     def _without_gradients(self) -> Any:
         import torch
@@ -250,7 +264,7 @@ class Scorer:
         is_watched = "attention_entropy" in self.signals
         seeds = []
         for seed, (x, unconditional) in enumerate(zip(self.noise, self.unconditional, strict=True)):
-            with signals.attention_entropy(self.denoiser) if is_watched else nullcontext() as entropy:
+            with attention_entropy(self.denoiser) if is_watched else nullcontext() as entropy:
                 d = self._predict(x, timestep, condition) - unconditional
                 found = {"attention_entropy": entropy()} if entropy else {}
             norm = _norm(d)
@@ -258,7 +272,7 @@ class Scorer:
                 found["anisotropy"] = self._anisotropy(seed, condition, norm)
             if "sharpness" in self.signals:
                 latents = x.expand_as(d).to(self.denoiser.dtype)
-                found["sharpness"] = signals.sharpness(self.denoiser, latents, timestep, condition, self.nothing, d)
+                found["sharpness"] = sharpness(self.denoiser, latents, timestep, condition, self.nothing, d)
             seeds.append(torch.stack([norm, *(found[name] for name in self.signals)], dim=1))
         return torch.stack(seeds, dim=1)
 
@@ -266,10 +280,8 @@ class Scorer:
         late, unconditional = self._late
         d = self._predict(self.noise[seed], late, condition) - unconditional[seed]
         scoring = self.scoring
-        weights = signals.anisotropy_weights(
-            scoring.prediction_type, scoring.eps_factors[0], self.denoiser.latent_shape
-        )
-        return signals.anisotropy(norm, unconditional[seed], d, weights)
+        weights = anisotropy_weights(scoring.prediction_type, scoring.eps_factors[0], self.denoiser.latent_shape)
+        return anisotropy(norm, unconditional[seed], d, weights)
 
     def _along_trajectory(self, condition: Condition) -> torch.Tensor:
         import torch

@@ -28,7 +28,7 @@ from .groups import distinct_captions, group, load_samples
 from .manifest import Manifest
 from .records import ACTIONS, MANIFEST, MASK, Decisions, Samples, Scores, Shard
 from .rewriters import Answer, find_rewriter
-from .scores import score_captions, score_pairs
+from .scores import check_devices, score_captions, score_pairs
 from .shards import find_shards
 from .signatures import DuplicateGauge, Signed, check_hash, is_signed, sign, versions, was_skipped
 from .store import Store, read_digest, read_note
@@ -52,6 +52,7 @@ def run(patterns: list[str], out: str | Path, config: Config | None = None, work
     shards, root = find_shards(patterns, root, config.input.allow_pipe)
     _refuse_nesting(patterns, shards, store.path)
     check_threshold(config)
+    check_devices(config)
     check_hash(config)
     image_encoder(config.images.encoder)  # one that cannot be had is told before anything is written
     check_captions(config)
@@ -137,6 +138,7 @@ class _Finished:
             values = self.config.model_dump(mode="json")
             self.config = Config.parse({**values, "generalise": {**values["generalise"], **generalise}})
         check_threshold(self.config)
+        check_devices(self.config)
         check_hash(self.config)
         check_captions(self.config)
         if _model_settings(self.config) != _model_settings(before):
@@ -306,9 +308,9 @@ def _about(
     dump["captions"]["encoder"] = public_caption_name(config.captions.encoder)
     dump["magnitude"]["model"] = scores and scores.info["model"]
     for key in ("denoiser", "lora", "single_file_config"):  # by their own names, as the model
-        if named := dump["magnitude"][key]:
-            dump["magnitude"][key] = Path(named).resolve().name if Path(named).exists() else named
-    del dump["magnitude"]["devices"]  # which, and how many, is no part of the result
+        named = dump["magnitude"][key]
+        is_hub_id = key == "single_file_config" and named and not Path(named).exists() and named.count("/") == 1
+        dump["magnitude"][key] = Path(named).resolve().name if named and not is_hub_id else named
     dump["generality"]["tagger"] = public_tagger(config.generality.tagger)
     del dump["generality"]["wordnet"]  # where it lies; what it holds stands in `generality`
     del dump["generalise"]  # what was rewritten, and by what, stands in `generalised`

@@ -22,11 +22,12 @@ import pyarrow.compute as pc
 
 from . import calibration, executors, images
 from .config import Config, FalsePositiveRate, Input, LabelledRate, Magnitude, Quantile, digest_of
-from .denoisers import Denoiser, ModelFiles, load_denoiser, token_digest
-from .errors import ModelError, ShardError, in_one_line
+from .denoisers import Denoiser, ModelFiles, find_model, load_denoiser, token_digest
+from .errors import ConfigError, ModelError, ShardError, in_one_line
 from .magnitude import Pixels, Scorer, Scoring, distinct, warm_scorer
 from .precision import rounding_errors
 from .records import PAIR_SCORES, ROUNDING, SCORES, SIGNALS, Floats, Ints, Samples, Scores, Shard
+from .shards import REMEDY
 from .source import open_shard, printable_key
 from .store import Store, done, file_digest, read_digest, read_note, read_table, write_table
 
@@ -95,12 +96,21 @@ class _Stage:
                 model.files,
                 _numbers(self.settings),
                 sorted({_name(device) for device in self.devices}),
-                {n: version(n) for n in _LIBRARIES},
+                {n: version(n) for n in (*_LIBRARIES, *(["pillow"] if self.settings.mode == "pair" else []))},
             ]
         )
 
+    @cache  # noqa: B019  the stage ends with the run
+    def check_model(self) -> None:
+        """Raise ModelError where the model's files are not those by whose digests its scores are kept."""
+        model = self.model
+        parts = model.denoiser, model.lora, model.lora_scale, model.single_file_config
+        if find_model(model.spec, self.settings.mode == "pair", *parts).files != model.files:
+            raise ModelError(f"{model.spec}: has changed since the run read its files; run 'memfilter run' again")
+
     def scorer(self) -> Scorer:
         """Return this process's own scorer, loaded when it is first asked for."""
+        self.check_model()
         return warm_scorer(self.model, self.settings, self.devices[0])
 
     def captions(
@@ -157,6 +167,8 @@ class _Stage:
             )
             for s in todo
         ]
+        if todo:
+            self.check_model()
         finished = executors.run(_score_shard, items, len(self.devices), lambda i: todo[i].name, slots=self.devices)
         for _ in self.progress(finished, sum(_samples_of(s, samples) for s in todo), "pair"):
             pass
@@ -184,6 +196,8 @@ class _Stage:
         None where it is none.
         """
         count = len(info["timesteps"])
+        if isinstance(self.settings.threshold, Quantile):
+            rated = rated.filter(pc.greater(rated["magnitude"], 0))  # as `find_threshold` does
         if count == 1 or not isinstance(self.settings.threshold, Quantile | FalsePositiveRate | LabelledRate):
             return None
         values = pc.list_flatten(rated["values"]).to_numpy().reshape(len(rated), info["seeds"], count)
@@ -204,6 +218,7 @@ class _Stage:
         if done(path, digest):
             shutil.rmtree(chunks, ignore_errors=True)
             return read_table(path)
+        self.check_model()
         captions: list[str] = texts.to_pylist()
         ids, cut = self._tokens(captions)
         order, first = distinct(ids)
@@ -298,6 +313,20 @@ def _devices() -> list[str]:
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else ["cpu"]
 
 
+def check_devices(config: Config) -> None:
+    """Raise ConfigError for a device that is not here, and for devices of more than one kind."""
+    devices = config.magnitude.devices or ()
+    if not devices:
+        return
+    import torch
+
+    here = {"cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}
+    if missing := [d for d in devices if d not in here]:
+        raise ConfigError(f"magnitude.devices: no {missing[0]!r} here; there is {', '.join(sorted(here))}")
+    if len({d.split(":")[0] for d in devices}) > 1:
+        raise ConfigError("magnitude.devices: a CPU and GPUs do not score alike; name devices of one kind")
+
+
 @cache
 def _name(device: str) -> str:
     import torch
@@ -373,14 +402,17 @@ def _score_shard(
     for i, part in todo.items():
         rows = good[i * size : (i + 1) * size]
         found = list(islice(read, len(rows)))
-        write_table(part, _pair_rows(scorer, table.take(rows), found), digest_of([digest, i, size]))
+        rows_of = _pair_rows(scorer, table.take(rows), found)
+        write_table(part, rows_of, digest_of([digest, i, size]), _note(scorer))
     for _ in read if todo else ():  # to the end of the shard, which is checked there
         pass
     scored = pa.concat_tables([PAIR_SCORES.empty_table(), *(read_table(part) for part in parts)])
     rows = np.full(len(table), len(scored))
     rows[good] = np.arange(len(good))
     columns = {name: scored[name].take(pa.array(rows, mask=rows == len(scored))) for name in PAIR_SCORES.names[1:]}
-    write_table(path, pa.table({"uid": table["uid"], **columns}, schema=PAIR_SCORES), digest, _note(scorer))
+    smallest = min([scorer.batch_size, *(read_note(part)["smallest_batch"] for part in parts)])
+    note = {**_note(scorer), "smallest_batch": smallest}
+    write_table(path, pa.table({"uid": table["uid"], **columns}, schema=PAIR_SCORES), digest, note)
     shutil.rmtree(path.parent / path.stem, ignore_errors=True)
     return len(table)
 
@@ -407,6 +439,15 @@ def _pictures(
 
     Raises ShardError when the shard is not the one that was signed; its signatures are removed then.
     """
+    try:
+        yield from _read_pictures(shard, keys, wanted, size, limits, signatures)
+    except ShardError as e:
+        raise ShardError(str(e).replace(REMEDY, "bring the shard back, or take another magnitude.mode")) from e
+
+
+def _read_pictures(
+    shard: Shard, keys: list[str], wanted: set[int], size: tuple[int, int], limits: Input, signatures: Path
+) -> Iterator[Pixels | str]:
     last = -1
     with open_shard(shard, limits.timeout) as members:
         for member in members:
@@ -425,4 +466,4 @@ def _pictures(
 
 def _changed(shard: Shard, signatures: Path) -> ShardError:
     signatures.unlink(missing_ok=True)  # of bytes that are no more: the next run reads the shard again
-    return ShardError(f"{shard.name}: has changed since it was read; run the same command again")
+    return ShardError(f"{shard.name}: has changed since it was read; run 'memfilter run' again")

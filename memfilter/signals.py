@@ -17,12 +17,23 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .denoisers import Condition, Denoiser
-from .errors import ModelError
+from .errors import ConfigError, ModelError
+from .records import SIGNALS
 
 if TYPE_CHECKING:
     import torch
 
 _LOWEST_FACTOR = 0.01  # below it the scale of noise predictions says nothing
+
+
+def check_signals(denoiser: Denoiser, signals: tuple[str, ...], timestep: float) -> None:
+    """Raise ConfigError for a signal that there is not, ModelError for one that this model has not at its timestep."""
+    if unknown := sorted({*signals} - {*SIGNALS}):
+        raise ConfigError(f"no signal {unknown[0]!r}; they are {', '.join(SIGNALS)}")
+    if "attention_entropy" in signals:
+        entropy_layer(denoiser)
+    if "sharpness" in signals:
+        _score_scale(denoiser, timestep)
 
 
 # -- attention entropy ------------------------------------------------------------------------------------------------

@@ -89,10 +89,10 @@ def check_threshold(config: Config) -> None:
 def find_threshold(config: Config, scores: Scores | None, good: npt.NDArray[np.bool_]) -> Threshold | None:
     """Return the threshold that the configuration asks for; None when it asks for none.
 
-    A quantile is taken of the good samples' magnitudes.  For a false-positive rate it is the lowest value that at most
-    that share of the reference captions, or of those labelled 0, reach; both likewise at each timestep, where there are
-    several.  Raises ConfigError for one below the noise floor of the precision, and for a saved one of another model,
-    precision or schedule.
+    A quantile is taken of the good samples' magnitudes but those of 0, which is what no caption has.  For a
+    false-positive rate it is the lowest value that at most that share of the reference captions, or of those labelled
+    0, reach; both likewise at each timestep, where there are several.  Raises ConfigError for one below the noise floor
+    of the precision, and for a saved one of another model, precision or schedule.
     """
     wanted = config.magnitude.threshold
     if wanted is None or scores is None:
@@ -106,7 +106,7 @@ def find_threshold(config: Config, scores: Scores | None, good: npt.NDArray[np.b
     else:
         own = scores.samples[good] if isinstance(wanted, Quantile) else scores.reference
         assert own is not None
-        own = own[~np.isnan(own)]
+        own = own[own > 0] if isinstance(wanted, Quantile) else own[~np.isnan(own)]
         if not len(own):
             return None
         by_timestep = None

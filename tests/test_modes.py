@@ -206,6 +206,21 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(caplog: pytest.LogCap
     assert told == ["out of memory with 8 captions", "out of memory with 4 captions"]
 
 
+class Short(Own):
+    """A denoiser whose text encoder has room for three captions at a time."""
+
+    def encode(self, captions: list[str]) -> Any:
+        if len(captions) > 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return super().encode(captions)
+
+
+def test_a_text_encoder_that_runs_out_of_memory_halves_the_batch_too() -> None:
+    scorer = Scorer(Short(), batch_size=8)
+    assert scorer.score(["four", "", "sixsix"])[:, 0, 0].tolist() == [8, 0, 12]
+    assert scorer.batch_size == 2
+
+
 class Tiny(Own):
     """A denoiser whose device has room for nothing."""
 
@@ -357,7 +372,9 @@ def test_a_shard_that_changed_before_its_pairs_are_scored_is_told(
     (tmp_path / "pair.yaml").write_text(
         yaml.safe_dump({"magnitude": config(models["epsilon"]).model_dump(mode="json")["magnitude"]})
     )
-    with pytest.raises(memfilter.ShardError, match=r"00001\.tar: has changed since it was read; run the same"):
+    with pytest.raises(
+        memfilter.ShardError, match=r"00001\.tar: has changed since it was read; run 'memfilter run' again"
+    ):
         memfilter.rethreshold(tmp_path / "out", tmp_path / "pair.yaml", 1)
 
 
@@ -563,3 +580,57 @@ def test_captions_that_the_model_cuts_are_counted(models: dict[str, Path], tmp_p
     write_tar(tmp_path / "in" / "a.tar", members)
     wanted = config(models["epsilon"], mode="prompt")
     assert memfilter.run([str(tmp_path / "in")], tmp_path / "out", wanted, 1).info["magnitude"]["cut"] == 1
+
+
+# -- what cannot be scored --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"mode": "image"}, {"mode": "pair"}, {"mode": "trajectory", "signals": ("sharpness",)}, {"signals": ("entropy",)}],
+)
+def test_a_scorer_of_no_mode_or_signal_is_refused_in_one_line(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^[^\n]+$"):
+        Scorer(Own(), **settings)
+
+
+def test_a_timestep_beyond_the_models_last_is_told(models: dict[str, Path]) -> None:
+    with pytest.raises(ModelError, match=r"no timestep 1000: the model's are 0 to 999"):
+        Scorer.load(str(models["epsilon"]), mode="pair", timesteps=(1000,))
+
+
+@pytest.mark.parametrize("devices", [["cuda:99"], ["gpu"], ["cpu", "cuda:99"]])
+def test_a_device_that_is_not_here_is_told_before_anything_is_read(
+    models: dict[str, Path], shards: Path, tmp_path: Path, devices: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match=r"magnitude\.devices: no '(cuda:99|gpu)' here; there is [^\n]+$"):
+        memfilter.run([str(shards)], tmp_path / "out", config(models["epsilon"], devices=devices), 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_changed_since_the_run_is_not_scored_under_its_old_name(
+    models: dict[str, Path], shards: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(models["epsilon"], tmp_path / "model"))
+    memfilter.run([str(shards)], tmp_path / "out", config(folder, mode="prompt"), 1)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-4] + b"\0\0\0\1")
+    (tmp_path / "seeds.yaml").write_text("magnitude: {seeds: 2}")
+    with pytest.raises(ModelError, match="has changed since the run read its files; run 'memfilter run' again"):
+        memfilter.rethreshold(tmp_path / "out", tmp_path / "seeds.yaml", 1)
+    weights.write_bytes(before)
+    assert memfilter.rethreshold(tmp_path / "out", tmp_path / "seeds.yaml", 1).info["magnitude"]["seeds"] == 2
+
+
+def test_a_shard_that_is_gone_when_its_pairs_are_scored_is_told(
+    models: dict[str, Path], shards: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(shards, tmp_path / "in"))
+    memfilter.run([str(folder)], tmp_path / "out", config(models["epsilon"], mode="prompt"), 1)
+    (folder / "00001.tar").unlink()
+    (tmp_path / "pair.yaml").write_text("magnitude: {mode: pair}")
+    with pytest.raises(
+        memfilter.ShardError, match=r"00001\.tar: [^\n]+; bring the shard back, or take another magnitude"
+    ):
+        memfilter.rethreshold(tmp_path / "out", tmp_path / "pair.yaml", 1)

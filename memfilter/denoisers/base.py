@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..config import STEPS
 from ..errors import ModelError
 from .autoencoder import encode, vae_config, vae_scale
 from .single_file import load_part
@@ -138,6 +139,8 @@ class Diffusion:
         # another scheduler's config does not say that latents are not clipped, and DDIM's default is to clip them
         self._schedule = DDIMScheduler.from_config({"clip_sample": False, **config}, **settings)
         self.prediction_type = str(self._schedule.config.prediction_type)
+        if (count := len(self._schedule.alphas_cumprod)) < STEPS:
+            raise ModelError(f"its schedule has {count} timesteps; magnitudes are measured on one of {STEPS} steps")
 
     def first_timestep(self, steps: int) -> int:
         """Return the first timestep of a DDIM schedule of so many steps."""
@@ -145,7 +148,11 @@ class Diffusion:
         return int(self._schedule.timesteps[0])
 
     def alpha_bar(self, timestep: float) -> float:
-        """Return the cumulative product of the alphas at a timestep."""
+        """Return the cumulative product of the alphas at a timestep; raises ModelError beyond the model's last."""
+        if not 0 <= int(timestep) < (count := len(self._schedule.alphas_cumprod)):
+            raise ModelError(
+                f"there is no timestep {timestep:g}: the model's are 0 to {count - 1} (magnitude.timesteps)"
+            )
         return float(self._schedule.alphas_cumprod[int(timestep)])
 
     def timesteps(self, steps: int) -> list[float]:
