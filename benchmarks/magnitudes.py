@@ -242,7 +242,9 @@ def precision(
 
 
 def words(model: Path, captions: dict[str, list[str]], magnitudes: Floats) -> dict[str, Any]:
-    """Return each word's share in the repeated caption with the median magnitude, and in captions by their places."""
+    """Return each word's share in the repeated caption with the median magnitude, and the mean shares of the places, in
+    the repeated captions and in as many that were seen once.
+    """
     denoiser = load_denoiser(find_model(str(model)), "float32")
     repeated = captions[REPEATED]
     found = {kind: [attribute(denoiser, c).words for c in captions[kind][: len(repeated)]] for kind in (REPEATED, ONCE)}
@@ -275,14 +277,14 @@ def plot(result: dict[str, Any], magnitudes: By, path: Path) -> None:
 
     red, grey = "firebrick", "0.55"
     threshold, told = result["threshold_at_1_fpr"]["threshold"], result["words"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=(3, 2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=(4, 3))
     bins = np.linspace(0, max(m.max() for m in (magnitudes[REPEATED], magnitudes[ONCE])) * 1.02, 60)
     for kind, colour in ((ONCE, grey), (REPEATED, red)):
         own = magnitudes[kind]
         left.hist(own, bins, weights=np.full(len(own), 100 / len(own)), color=colour, alpha=0.8)
         top = f"{kind} ({len(own)})"
         left.plot([], [], color=colour, linewidth=6, alpha=0.8, label=top)
-    left.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"1% of those seen once: {threshold:.2f}")
+    left.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"1% false positives: {threshold:.2f}")
     left.set(xlabel="magnitude, one seed, first step", ylabel="% of the captions of its kind")
     left.set_title("Captions equally specific", fontsize=10)
     left.legend(fontsize=8, frameon=False)
@@ -294,7 +296,7 @@ def plot(result: dict[str, Any], magnitudes: By, path: Path) -> None:
     right.set_yticks(places, names)
     right.invert_yaxis()
     right.set_xlabel("share of the caption's weights, %")
-    right.set_title(f"Words of the repeated caption with the median magnitude, {told['magnitude']:.2f}", fontsize=10)
+    right.set_title(f"Words of the median repeated caption ({told['magnitude']:.2f})", fontsize=10)
     right.legend(fontsize=8, frameon=False, loc="lower right")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

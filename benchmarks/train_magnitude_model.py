@@ -1,6 +1,6 @@
 """Train a small text-to-image model for the evaluation of memorization scores, with many pairs that it sees once.
 
-    OMP_NUM_THREADS=1 python benchmarks/train_magnitude_model.py FOLDER     # 40 minutes on one core; resumable
+    OMP_NUM_THREADS=1 python benchmarks/train_magnitude_model.py FOLDER     # 25 minutes on one core; resumable
 
 The model is the demo's, on samples of the same kinds: 550 specific pairs from one generator, of which 50, drawn by
 chance, are there 25 times and the others once, and 400 ordinary pairs.  Nothing tells a repeated caption from one seen
