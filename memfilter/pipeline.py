@@ -311,6 +311,7 @@ def _about(
         named = dump["magnitude"][key]
         is_hub_id = key == "single_file_config" and named and not Path(named).exists() and named.count("/") == 1
         dump["magnitude"][key] = Path(named).resolve().name if named and not is_hub_id else named
+    del dump["magnitude"]["devices"]  # which, and how many, is no part of the result
     dump["generality"]["tagger"] = public_tagger(config.generality.tagger)
     del dump["generality"]["wordnet"]  # where it lies; what it holds stands in `generality`
     del dump["generalise"]  # what was rewritten, and by what, stands in `generalised`
