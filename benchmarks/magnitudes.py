@@ -8,8 +8,8 @@ TPR@1%FPR and its intervals are those of `detect.py`.  A pair is drawn again whe
 steps, guidance 2, one seed) and of the training picture correlate by more than 0.9.  Errors of float16 and bfloat16 are
 those of a magnitude relative to that in float32, the rounding of the weights included.  Seconds are the process's own,
 medians over rounds in which the signals take turns, and a signal's cost is relative to the magnitude of one seed.  Of
-every signal the higher values count as memorized; attention entropy is given reversed too, for in this model it is the
-lower ones that do.
+every signal the higher values count as memorized; attention entropy is given reversed too, as which way it points is
+the model's.
 
 The words that are shown are those of the repeated pair with the median magnitude.  A word's share is its part of the
 weights of its caption's words.  All specific captions are built alike, so that the mean share in those seen once tells
