@@ -134,7 +134,6 @@ class _Stage:
             info["calibration"] = _calibration(wanted, memorized, reference["magnitude"].to_numpy())
         general = further("generalised", generalised) if generalised is not None else None
         by_caption = own["magnitude"].to_numpy()
-        rated = reference if reference is not None else own.take(pa.array(caption[caption >= 0]))
         return Scores(
             by_caption,
             _of_rows(by_caption, caption),
@@ -142,7 +141,9 @@ class _Stage:
             info,
             reference["magnitude"].to_numpy() if reference is not None else None,
             general["magnitude"].to_numpy() if general is not None else None,
-            self._by_timestep(rated, info),
+            self._by_timestep(own, caption[caption >= 0], info)
+            if reference is None
+            else self._by_timestep(reference, np.arange(len(reference)), info),
             signals={name: _of_rows(own[name].to_numpy(), caption) for name in self.settings.signals},
         )
 
@@ -155,6 +156,7 @@ class _Stage:
         }
         paths = {shard.name: self.store.pair_scores(shard.name) for shard in shards}
         todo = [s for s in shards if not done(paths[s.name], digests[s.name])]
+        sizes = dict(zip((s.name for s in shards), np.diff(samples.first).tolist(), strict=True))
         items = [
             (
                 self.model,
@@ -170,7 +172,7 @@ class _Stage:
         if todo:
             self.check_model()
         finished = executors.run(_score_shard, items, len(self.devices), lambda i: todo[i].name, slots=self.devices)
-        for _ in self.progress(finished, sum(_samples_of(s, samples) for s in todo), "pair"):
+        for _ in self.progress(finished, sum(sizes[s.name] for s in todo), "pair"):
             pass
         columns = ["magnitude", "magnitude_eps", "values", "cause"]
         tables = [read_table(paths[s.name], columns) for s in shards]
@@ -186,20 +188,21 @@ class _Stage:
             magnitude,
             table["magnitude_eps"].to_numpy(),
             info,
-            by_timestep=self._by_timestep(table.take(pa.array(scored)), info),
+            by_timestep=self._by_timestep(table, scored, info),
             unscored=table["cause"],
         )
 
-    def _by_timestep(self, rated: pa.Table, info: dict[str, Any]) -> Floats | None:
+    def _by_timestep(self, scored: pa.Table, rows: Ints, info: dict[str, Any]) -> Floats | None:
         """Return of the rows of which the threshold is a quantile the magnitudes (N, timesteps), if there are several.
 
         None where it is none.
         """
         count = len(info["timesteps"])
-        if isinstance(self.settings.threshold, Quantile):
-            rated = rated.filter(pc.greater(rated["magnitude"], 0))  # as `find_threshold` does
         if count == 1 or not isinstance(self.settings.threshold, Quantile | FalsePositiveRate | LabelledRate):
             return None
+        rated = scored.take(pa.array(rows))
+        if isinstance(self.settings.threshold, Quantile):
+            rated = rated.filter(pc.greater(rated["magnitude"], 0))  # as `find_threshold` does
         values = pc.list_flatten(rated["values"]).to_numpy().reshape(len(rated), info["seeds"], count)
         found: Floats = values.mean(axis=1, dtype=np.float64).astype(np.float32)
         return found
@@ -280,11 +283,6 @@ class _Stage:
                 return None
             write_table(path, pa.table([errors], schema=ROUNDING), digest)
         return float(read_table(path)["error"].to_numpy().max())
-
-
-def _samples_of(shard: Shard, samples: Samples) -> int:
-    place = samples.shards.index(shard)
-    return int(samples.first[place + 1] - samples.first[place])
 
 
 def _of_rows(values: Floats, row: Ints) -> Floats:

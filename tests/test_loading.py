@@ -225,13 +225,13 @@ def test_loras_that_are_none_are_refused(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = folders["sd"]
-    assert "nothing; magnitude.lora takes a LoRA's safetensors file" in refused(model, lora=str(tmp_path / "no"))
-    assert "a folder with 0 such files; magnitude.lora" in refused(model, lora=str(tmp_path))
+    assert "no such file; magnitude.lora takes a LoRA's safetensors file" in refused(model, lora=str(tmp_path / "no"))
+    assert "a folder with 0 safetensors files; magnitude.lora" in refused(model, lora=str(tmp_path))
     torch.save({}, tmp_path / "lora.bin")
     assert "a .bin file; magnitude.lora takes" in refused(model, lora=str(tmp_path / "lora.bin"))
     for name in "ab":
         save_file({}, tmp_path / f"{name}.safetensors")
-    assert "a folder with 2 such files; magnitude.lora" in refused(model, lora=str(tmp_path))
+    assert "a folder with 2 safetensors files; magnitude.lora" in refused(model, lora=str(tmp_path))
     monkeypatch.setitem(sys.modules, "peft", None)
     assert "pip install 'memfilter[lora]'" in refused(model, lora=str(tmp_path / "a.safetensors"))
 

@@ -22,8 +22,11 @@ def find_lora(path: Path) -> Path:
     """
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not path.exists() or len(files) != 1 or files[0].suffix != ".safetensors":
-        what = f"a folder with {len(files)} such files" if path.is_dir() else "such a file" * path.exists() or "nothing"
-        what = f"a {path.suffix or 'file'} file" if path.is_file() else what
+        what = "no such file"
+        if path.is_dir():
+            what = f"a folder with {len(files)} safetensors files"
+        elif path.exists():
+            what = f"a {path.suffix or 'file'} file"
         raise ModelError(f"{path}: {what}; magnitude.lora takes a LoRA's safetensors file, or a folder with one")
     try:
         import peft  # noqa: F401
