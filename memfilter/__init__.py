@@ -11,6 +11,7 @@ from .config import Config
 from .errors import ConfigError, InputError, MemfilterError, ModelError, RunError, ShardError, WorkerError
 from .manifest import Manifest
 from .pipeline import generalise, rethreshold, run
+from .thresholds import Threshold
 from .verification import verify
 
 __version__ = version("memfilter")
@@ -24,6 +25,7 @@ __all__ = [
     "ModelError",
     "RunError",
     "ShardError",
+    "Threshold",
     "WorkerError",
     "__version__",
     "generalise",

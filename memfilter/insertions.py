@@ -32,7 +32,7 @@ def vocabulary(tokenizer: Any) -> list[str]:
 
 def insert_tokens(caption: str, tokens: Sequence[str], random: np.random.Generator, count: int = 2) -> str:
     """Return the caption with so many of a `vocabulary`, each drawn uniformly, in it (RT)."""
-    return _insert(caption, lambda: tokens[random.integers(len(tokens))], random, count)
+    return _insert(caption, lambda: tokens[int(random.integers(len(tokens)))], random, count)
 
 
 def insert_numbers(caption: str, random: np.random.Generator, count: int = 2, below: int = 100_000) -> str:
@@ -46,7 +46,7 @@ def repeat_words(caption: str, random: np.random.Generator, count: int = 2) -> s
     One without a word stays as it is.
     """
     words = caption.split()
-    return _insert(caption, lambda: words[random.integers(len(words))], random, count) if words else caption
+    return _insert(caption, lambda: words[int(random.integers(len(words)))], random, count) if words else caption
 
 
 def random_caption(tokens: Sequence[str], random: np.random.Generator, count: int = 4) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 import webdataset as wds
 from conftest import encoded, picture, sample, write_tar
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from pipelines import FAMILIES, LATENT_SIDE, WIDTH, _unet
+from pipelines import FAMILIES, LATENT_SIDE, WIDTH, _unet, write_pipeline
 
 import memfilter
-from memfilter import Config, ConfigError, InputError, Manifest
+from memfilter import Config, ConfigError, InputError, Manifest, Threshold
 from memfilter.training import AntiGradientControl, MagnitudeMask, MaskedLoss, Schedule, Sightings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,6 +145,43 @@ def test_thresholds_of_timesteps_are_joined_by_straight_lines() -> None:
     timesteps = torch.tensor([0, 100, 200, 500, 700, 900, 999])
     assert mask.threshold(timesteps).tolist() == [2.0, 2.0, 2.5, 4.0, 3.5, 3.0, 3.0]
     assert MagnitudeMask(2, {}).threshold(timesteps).tolist() == [2.0] * 7
+
+
+@pytest.fixture(scope="module")
+def threshold(tmp_path_factory: pytest.TempPathFactory) -> Threshold:
+    """The threshold of a run that scores pairs at two timesteps."""
+    folder = tmp_path_factory.mktemp("pairs")
+    members = [m for i in range(4) for m in sample(f"{i}", encoded(picture(i)), f"picture {'abcd'[i]}")]
+    write_tar(folder / "data" / "0.tar", members)
+    model = str(write_pipeline(folder / "model"))
+    magnitude = {"model": model, "mode": "pair", "timesteps": [100, 500], "threshold": {"quantile": 0.5}}
+    config = Config.parse({"images": {"encoder": None}, "magnitude": magnitude})
+    memfilter.run([str(folder / "data")], folder / "out", config, workers=1)
+    return Threshold.load(folder / "out" / "manifest" / "threshold.json")
+
+
+def test_a_runs_threshold_is_taken_at_its_timesteps(threshold: Threshold, unet: Any, batch: Batch) -> None:
+    assert threshold.by_timestep is not None
+    (_, first), (_, second) = threshold.by_timestep
+    mask = MagnitudeMask(threshold, {"encoder_hidden_states": batch["empty"]})
+    expected = torch.tensor([first, first, (first + second) / 2, second, second])
+    torch.testing.assert_close(mask.threshold(torch.tensor([0, 100, 300, 500, 900])), expected)
+    loss_under(MaskedLoss(DDPMScheduler(), online=mask), unet, batch)
+    assert mask.seen == 5
+
+
+def test_a_threshold_that_was_measured_otherwise_is_refused(threshold: Threshold, batch: Batch) -> None:
+    empty = {"encoder_hidden_states": batch["empty"]}
+    of_prompts = replace(threshold, depends={**threshold.depends, "mode": "prompt"})
+    for scale, given in (("raw", of_prompts), ("epsilon", threshold)):
+        with pytest.raises(ConfigError, match=r"take one of a run with magnitude\.mode: pair"):
+            MagnitudeMask(given, empty, scale=scale)  # type: ignore[arg-type]
+    mask, timesteps = MagnitudeMask(threshold, empty), torch.tensor([5])
+    with pytest.raises(ConfigError, match="measured on latents of 1,024 elements, and these have 256"):
+        mask.weights(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8), timesteps)
+    other = Schedule(DDPMScheduler(prediction_type="v_prediction"))
+    with pytest.raises(ConfigError, match="that predicts epsilon, and this one v_prediction"):
+        mask.weights(torch.zeros(1, 4, 16, 16), torch.zeros(1, 4, 16, 16), timesteps, other)
 
 
 def test_one_pass_more_a_batch_without_a_graph_and_none_while_warming_up(unet: Any, batch: Batch) -> None:

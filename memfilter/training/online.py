@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import torch
 
 from ..errors import ConfigError
+from ..thresholds import Threshold
 from . import ranks
 from .schedules import Schedule
 
@@ -73,9 +75,10 @@ class MagnitudeMask(OnlineMask):
 
     The magnitude is the L2 norm of e(x_t, t, caption) - e(x_t, t, unconditional) on the batch's own noised latents: one
     more forward pass without a graph.  `threshold` is one number, or one for each of some timesteps, straight lines
-    between them and constant beyond; the norm varies with t.  `scale` "raw" is the norm as in the paper, whose
-    threshold is 2 for Stable Diffusion; "epsilon" that of the noise predictions divided by sqrt(elements), as in the
-    manifest's `magnitude_eps`.  For the first `warmup` batches nothing is masked and no pass is made.
+    between them and constant beyond; the norm varies with t.  It may be the `Threshold` of a run in mode `pair`, whose
+    raw norms are of noised latents too.  `scale` "raw" is the norm as in the paper, whose threshold is 2 for Stable
+    Diffusion; "epsilon" that of the noise predictions divided by sqrt(elements), as in the manifest's `magnitude_eps`.
+    For the first `warmup` batches nothing is masked and no pass is made.
 
     `unconditional` is the condition of the empty caption, encoded once: tensors with a first dimension of 1, which
     take the place of the batch's own; what it does not name stays the sample's.
@@ -83,7 +86,7 @@ class MagnitudeMask(OnlineMask):
 
     def __init__(
         self,
-        threshold: float | Mapping[float, float],
+        threshold: float | Mapping[float, float] | Threshold,
         unconditional: Mapping[str, Any],
         *,
         warmup: int = 0,
@@ -92,6 +95,11 @@ class MagnitudeMask(OnlineMask):
         super().__init__()
         if scale not in ("raw", "epsilon"):
             raise ConfigError(f"scale {scale!r}: raw or epsilon")
+        self._depends: Mapping[str, Any] = {}
+        if isinstance(threshold, Threshold):
+            _check_measured(threshold, scale)
+            self._depends = threshold.depends
+            threshold = dict(threshold.by_timestep or [(0.0, threshold.magnitude)])
         points = sorted(threshold.items()) if isinstance(threshold, Mapping) else [(0.0, threshold)]
         if not points or not all(value > 0 for _, value in points):
             raise ConfigError(f"threshold {threshold!r}: numbers over 0, one or one for each of some timesteps")
@@ -125,12 +133,28 @@ class MagnitudeMask(OnlineMask):
         The epsilon scale needs the `schedule`.  `trained` (B,) is false for samples that do not count.  A magnitude
         that is NaN masks nothing, so that a failing model shows.
         """
+        self._check_fits(conditional[0].numel(), schedule)
         norm = (conditional.detach().float() - unconditional.float()).flatten(1).norm(dim=1)
         if self.scale == "epsilon":
             if schedule is None:
                 raise ConfigError("scale 'epsilon' needs the schedule: weights(..., schedule=Schedule(scheduler))")
             norm = norm * schedule.eps_factor(timesteps) / conditional[0].numel() ** 0.5
         return self._counted(~(norm >= self.threshold(timesteps)), trained)
+
+    def _check_fits(self, elements: int, schedule: Schedule | None) -> None:
+        if not self._depends:
+            return
+        measured, kind = prod(self._depends["latent_shape"]), self._depends["prediction_type"]
+        if elements != measured:
+            raise ConfigError(
+                f"the threshold was measured on latents of {measured:,} elements, and these have {elements:,}: the "
+                "norm grows with them; take a threshold of this size"
+            )
+        if schedule is not None and kind != schedule.prediction_type:
+            raise ConfigError(
+                f"the threshold is of a model that predicts {kind}, and this one {schedule.prediction_type}; take a "
+                "threshold of this model"
+            )
 
     def threshold(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the thresholds (B,) at timesteps (B,)."""
@@ -207,6 +231,15 @@ class AntiGradientControl(OnlineMask):
             )
         super().load_state_dict(state)
         self.average = state["average"].clone()
+
+
+def _check_measured(threshold: Threshold, scale: str) -> None:
+    mode = threshold.depends.get("mode")
+    if mode != "pair" or scale != "raw":
+        raise ConfigError(
+            f"a threshold of mode {mode!r} under scale {scale!r}: training has noised latents of images, as mode "
+            "'pair' has, and a run's thresholds are of the raw norm; take one of a run with magnitude.mode: pair"
+        )
 
 
 def _replaced(condition: Mapping[str, Any], unconditional: Mapping[str, Any], count: int) -> dict[str, Any]:
