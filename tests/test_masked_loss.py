@@ -14,7 +14,7 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
 from pipelines import FAMILIES, LATENT_SIDE, WIDTH, _unet
 
 from memfilter import ConfigError
-from memfilter.training import MaskedLoss, harmless, masked_loss, total_weight
+from memfilter.training import MaskedLoss, check_finite, harmless, masked_loss, total_weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -238,6 +238,30 @@ def test_nan_in_a_sample_that_is_trained_shows(unet: Any, batch: Batch) -> None:
     loss_of = MaskedLoss(ddpm("epsilon"))
     loss = loss_of(unet, batch["latents"], batch["noise"], batch["timesteps"], WEIGHT, unet_condition(batch))
     assert loss.isnan()
+
+
+def test_what_is_not_finite_is_named_unless_it_is_masked(unet: Any, batch: Batch) -> None:
+    batch["latents"][[2, 3], 0, 0, 0] = torch.tensor([INF, NAN])
+    loss_of = MaskedLoss(ddpm("epsilon"))
+    loss_of(unet, batch["latents"], batch["noise"], batch["timesteps"], WEIGHT, unet_condition(batch))
+    assert loss_of.last is not None
+    with pytest.raises(ValueError, match=r"the loss of sample 'c' \(1 of 5\) is nan; others are finite"):
+        check_finite(loss_of.last, WEIGHT, ["a", "b", "c", "d", "e"])
+    check_finite(loss_of.last, WEIGHT * torch.tensor([1, 1, 0, 1, 1]), ["a", "b", "c", "d", "e"])
+    with pytest.raises(ValueError, match=r"sample 0 in the batch \(3 of 5\) is inf; so are all others that train"):
+        check_finite(torch.full((5,), INF), WEIGHT)
+
+
+def test_an_overflow_in_half_precision_is_named(batch: Batch) -> None:
+    torch.manual_seed(0)
+    half = _unet().half()
+    batch["latents"][4] *= 1e5  # beyond what float16 holds
+    latents, noise, states = (batch[name].half() for name in ("latents", "noise", "states"))
+    loss_of = MaskedLoss(ddpm("epsilon"))
+    loss_of(half, latents, noise, batch["timesteps"], WEIGHT, {"encoder_hidden_states": states})
+    assert loss_of.last is not None
+    with pytest.raises(ValueError, match=r"sample 'e' .* is nan; others are finite, so its image or caption overflows"):
+        check_finite(loss_of.last, WEIGHT, ["a", "b", "c", "d", "e"])
 
 
 def test_a_masked_samples_gradient_is_exactly_zero(unet: Any, batch: Batch) -> None:

@@ -1,6 +1,6 @@
 """What a training loop does with the manifest."""
 
-from .losses import MaskedLoss, harmless, masked_loss, total_weight
+from .losses import MaskedLoss, check_finite, harmless, masked_loss, total_weight
 from .online import AntiGradientControl, MagnitudeMask, OnlineMask, Step
 from .schedules import Schedule
 from .sightings import Sightings
@@ -13,6 +13,7 @@ __all__ = [
     "Schedule",
     "Sightings",
     "Step",
+    "check_finite",
     "harmless",
     "masked_loss",
     "total_weight",

@@ -6,7 +6,7 @@ the loss, in which a masked sample can do no harm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -71,12 +71,35 @@ def harmless(tensor: torch.Tensor, loss_weight: torch.Tensor) -> torch.Tensor:
     return torch.where(wide(_trained(loss_weight), tensor.ndim), tensor, 0)
 
 
+def check_finite(per_sample_loss: torch.Tensor, loss_weight: torch.Tensor, keys: Sequence[str] | None = None) -> None:
+    """Raise ValueError for a loss (B,) that is NaN or infinite in a sample that trains, and name it by its key.
+
+    It makes the host wait for the device: call it where a step's loss is not finite, or once in a while.
+    """
+    trained = _trained(loss_weight)
+    wrong = (~per_sample_loss.isfinite() & trained).nonzero()[:, 0].tolist()
+    if not wrong:
+        return
+    name = f"sample {wrong[0]} in the batch" if keys is None else f"sample {keys[wrong[0]]!r}"
+    if len(wrong) == int(trained.sum()):
+        remedy = "so are all others that train: look at the weights and the learning rate"
+    else:
+        remedy = (
+            "others are finite, so its image or caption overflows the precision: run autoencoder and denoiser in "
+            "bfloat16 or float32, or give it loss_weight 0"
+        )
+    raise ValueError(
+        f"the loss of {name} ({len(wrong)} of {len(keys or trained)}) is {per_sample_loss[wrong[0]].item()}; {remedy}"
+    )
+
+
 class MaskedLoss:
     """The loss of a diffusers training loop, from latents to a scalar, under the manifest's weights.
 
     `scheduler` and `prediction_type` are as `Schedule` takes them.  `snr_gamma` weighs by min-SNR, `weighting` by one
     of SD3's schemes.  `denominator` is that of `masked_loss`, `online` a mask that is found while training.  Nothing
-    here waits for the device.  Raises ConfigError for a weighting that the prediction does not have.
+    here waits for the device.  `last` holds the mean square errors (B,) of the last batch, without any weight, for
+    `check_finite`.  Raises ConfigError for a weighting that the prediction does not have.
     """
 
     def __init__(
@@ -97,6 +120,7 @@ class MaskedLoss:
         if not self.schedule.is_flow and weighting != "none":
             raise ConfigError(f"weighting {weighting!r} is for flows; a variance-preserving scheduler takes snr_gamma")
         self.snr_gamma, self.weighting, self.denominator, self.online = snr_gamma, weighting, denominator, online
+        self.last: torch.Tensor | None = None
 
     def __call__(
         self,
@@ -132,11 +156,10 @@ class MaskedLoss:
             )
         target = self.schedule.target(latents, noise, timesteps)
         squares = (torch.where(wide(trained, target.ndim), prediction.float(), target) - target).square()
-        weight = loss_weight.to(squares)
+        weight, self.last = loss_weight.to(squares), of_samples(squares.detach())
         if self.online is not None:
             model = None if isinstance(denoiser, torch.Tensor) else denoiser
-            loss = of_samples(squares.detach())
-            step = Step(self.schedule, model, x, timesteps, condition, prediction.detach(), loss, trained)
+            step = Step(self.schedule, model, x, timesteps, condition, prediction.detach(), self.last, trained)
             weight = weight * wide(self.online(step).to(weight), weight.ndim)
         by_time = torch.where(trained, self._by_time(timesteps), 1.0)
         losses = of_samples(squares) * by_time if weight.ndim == 1 else squares * wide(by_time, squares.ndim)
