@@ -227,7 +227,7 @@ def attached(run: Manifest, stage: Mitigation) -> Any:
 def stream(run: Manifest, decode: bool = True, folder: Path | None = None, seed: int = 3) -> tuple[Any, Mitigation]:
     """Return every sample with two tokens in its caption, and the stage that puts them in; no manifest is attached."""
     shards = shards_of(folder or run.path / "shards")
-    data = wds.WebDataset(shards, shardshuffle=False, empty_check=False)
+    data = wds.WebDataset(shards, shardshuffle=False)
     stage = Mitigation(RandomTokens(TOKENS, 1), seed=seed)
     return (data.decode(partial=True) if decode else data).compose(stage).map(entry), stage
 
