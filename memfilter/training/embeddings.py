@@ -1,8 +1,8 @@
 """Text embeddings and latents changed in a training step: Gaussian noise, mix-up, dual fusion.
 
 `seeds` are the samples' `sample["seed"]`, a tensor (B,) or a list, best on the CPU: all draws are made there, in
-float32, so that they are the same on every device.  Every change keeps shape, dtype, device and gradient.  A row that
-is not finite stays alone with that, so masked samples may be made `harmless` before or after.
+float32, so that they are the same on every device.  Every change keeps shape, dtype, device and gradient.  NaN stays in
+its own row, so masked samples may be made `harmless` after or before; `mix_up` needs their `loss_weight` for that.
 """
 
 from __future__ import annotations
