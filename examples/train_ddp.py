@@ -52,9 +52,9 @@ for step in range(args.steps):
     optimizer.step()
     optimizer.zero_grad()
     masked = torch.cat([weight == 0 for _, weight in parts]).float().mean()
-    print(f"process {rank}, step {step}: loss {sum(losses):.4f}, masked {masked:.0%}", flush=True)
+    print(f"process {rank}, step {step}: loss {sum(losses):.4f}, masked {masked:.0%}\n", end="", flush=True)
 digest = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())).hexdigest()
-print(f"process {rank}: parameters {digest[:16]}", flush=True)
+print(f"process {rank}: parameters {digest[:16]}\n", end="", flush=True)
 if rank == 0:
     model.module.save_pretrained(args.trained)
 dist.destroy_process_group()

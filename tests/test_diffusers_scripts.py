@@ -21,7 +21,7 @@ from torchvision.transforms.functional import resize, to_tensor
 
 import memfilter
 from memfilter import Manifest
-from memfilter.training import MaskedLoss, masked_loss
+from memfilter.training import MaskedLoss, harmless, masked_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -173,6 +173,11 @@ def test_the_loss_in_one_call_is_that_of_the_scripts_lines(snr_gamma: float | No
     expected = loop.loss(lines, "+", names, WEIGHT)
     loop.latents[WEIGHT == 0] = float("nan")
     assert loss(loop.names(), WEIGHT).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert loop.loss(lines, "+", loop.names(), WEIGHT).isnan()
+    (line,) = re.findall("`(latents = harmless.*?)`", DOC.read_text(encoding="utf-8"))
+    batch = {"loss_weight": WEIGHT}
+    loop.latents = executed(f"+{line}", "+", {"harmless": harmless, "latents": loop.latents, "batch": batch})["latents"]
+    assert loop.loss(lines, "+", loop.names(), WEIGHT).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("prior", [False, True])
