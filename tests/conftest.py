@@ -7,10 +7,14 @@ import random
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+
+if TYPE_CHECKING:
+    from memfilter import Manifest
 
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -84,3 +88,20 @@ def sample(key: str, image: bytes | None, caption: str | None = None, **more: by
     if caption is not None:
         members.append((f"{key}.txt", caption.encode()))
     return members + [(f"{key}.{suffix}", data) for suffix, data in more.items()]
+
+
+@pytest.fixture(scope="session")
+def masked_run(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Two shards of eight samples; of the second, three repeat pictures of the first and are masked, one is broken."""
+    import memfilter
+
+    folder = tmp_path_factory.mktemp("masked")
+    pictures = [*range(12), 0, 1, 2]
+    # of two equal pictures the one with the longer caption is kept: the first
+    captions = ["a " + "very " * (20 - i) + "small picture" for i in range(len(pictures))]
+    members = [m for i, p in enumerate(pictures) for m in sample(f"{i:02}", encoded(picture(p)), captions[i])]
+    members += sample("broken", b"\xff\xd8\xff", "no picture")
+    write_tar(folder / "data" / "00000.tar", members[:16])
+    write_tar(folder / "data" / "00001.tar", members[16:])
+    config = memfilter.Config.parse({"images": {"encoder": None}, "policy": {"image_duplicate": "mask"}})
+    return memfilter.run([str(folder / "data")], folder / "run", config, workers=1)
