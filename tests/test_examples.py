@@ -33,6 +33,7 @@ COMMANDS = {  # every example, in how many processes it is run and with what; {o
     "train_with_accelerate.py": (2, "{pipeline} {run} {out}/tuned"),
     "train_with_manifest.py": (1, "{run}"),
 }
+ELSEWHERE = {"train_with_mitigations.py": "test_mitigation_examples.py"}  # and the file that runs it
 Printed = Callable[[str], list[str]]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,7 +96,8 @@ def train() -> ModuleType:
 
 def test_every_example_is_run_and_has_at_most_60_lines() -> None:
     files = sorted(EXAMPLES.glob("*.py"))
-    assert [file.name for file in files] == sorted(COMMANDS)
+    assert [file.name for file in files] == sorted([*COMMANDS, *ELSEWHERE])
+    assert all(f'"{name}"' in Path(__file__).with_name(test).read_text("utf-8") for name, test in ELSEWHERE.items())
     for file in files:
         lines = file.read_text(encoding="utf-8").splitlines()
         assert len(lines) <= 60
