@@ -16,6 +16,8 @@ from .records import Floats, Ints
 from .store import replacing
 
 _HALVES = Struct(">QQ")
+_BITS = 16
+_SHIFT = 64 - _BITS
 
 
 def write_lookup(path: Path, uids: pa.Array, columns: dict[str, npt.NDArray[Any]]) -> None:
@@ -40,8 +42,12 @@ class Lookup:
             batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         except (OSError, pa.ArrowException) as e:
             raise RunError(f"{path}: missing or damaged ({in_one_line(e)}); run the same command again") from e
-        self.columns: dict[str, npt.NDArray[Any]] = {name: batch[name].to_numpy() for name in batch.schema.names}
+        # to_numpy() would import pandas, 25 MB in each worker
+        self.columns: dict[str, npt.NDArray[Any]] = {n: np.from_dlpack(batch[n]) for n in batch.schema.names}
         # as memory views they give Python's own numbers: bisect takes half the time that numpy needs for one value
+        high = self.columns["high"]
+        starts = np.searchsorted(high, np.arange(1 << _BITS, dtype=np.uint64) << np.uint64(_SHIFT))
+        self._starts = np.append(starts, len(high)).data  # of the uids by their first bits
         self._high, self._low = self.columns["high"].data, self.columns["low"].data
         self._weight, self._pool_weight = self.columns["weight"].data, self.columns["pool_weight"].data
         self._online = np.empty(0, np.int64) if online is None else online
@@ -49,7 +55,8 @@ class Lookup:
     def place(self, uid: bytes) -> int:
         """Return the place of the first sample with this uid (16 bytes)."""
         high, low = _HALVES.unpack(uid)
-        place = bisect_left(self._high, high)
+        start = high >> _SHIFT
+        place = bisect_left(self._high, high, self._starts[start], self._starts[start + 1])
         while place < len(self._high) and self._high[place] == high:
             if self._low[place] == low:
                 return place
