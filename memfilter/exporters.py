@@ -1,14 +1,14 @@
 """A manifest told to other loaders, which know samples that train and samples that do not, but no weights.
 
 A sample trains where its loss weight is over 0; what is down-weighted therefore counts in full.  Each exporter writes
-one file from the manifest alone, a shard's rows at a time, and returns how many samples train.
+one file from the manifest alone, a shard's rows at a time.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,8 @@ def export(manifest: Manifest, to: str, path: str | Path) -> int:
     path = Path(path)
     _check_place(manifest, path)
     with replacing(path) as temporary:
-        return EXPORTERS[to](manifest, temporary)
+        EXPORTERS[to](manifest, temporary)
+    return sum(len(_training(rows)) for _, rows in manifest.parts(["loss_weight"]))
 
 
 def _check_place(manifest: Manifest, path: Path) -> None:
@@ -47,52 +48,51 @@ def _check_place(manifest: Manifest, path: Path) -> None:
         raise ConfigError(f"{path}: is there already, among the input; move it away or choose another")
 
 
-def keys(manifest: Manifest, path: Path) -> int:
+def keys(manifest: Manifest, path: Path) -> None:
     r"""Write a line for each sample that trains: shard, tab, key.
 
     Keys are as in the manifest, where bytes that are not UTF-8 are written as `\xNN`; so are tabs and line breaks here.
     """
-    count = 0
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         for shard, rows in manifest.parts(["key", "loss_weight"]):
-            key = _training(rows)["key"]
-            for character in "\t\n\r":
-                key = pc.replace_substring(key, character, f"\\x{ord(character):02x}")
-            file.writelines(f"{_escaped(shard)}\t{k}\n" for k in key.to_pylist())
-            count += len(key)
-    return count
+            names = _training(rows)["key"].to_pylist()
+            file.writelines(f"{_escaped(shard)}\t{_escaped(key)}\n" for key in names)
 
 
 def _escaped(text: str) -> str:
     return re.sub(r"[\t\n\r]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
-def energon(manifest: Manifest, path: Path) -> int:
+def energon(manifest: Manifest, path: Path) -> None:
     """Write a `split.yaml` for Megatron-Energon: all shards in the split `train`, and `exclude` of what does not train.
 
     It belongs in `.nv-meta/` of a data set whose folder is the run's input root; another split takes its `exclude`
     alone.  A shard of which nothing trains is excluded as a whole, as is one that the run skipped.  Raises InputError
     for a sample to be excluded whose key is not UTF-8: Energon has no name for it.
     """
-    count, exclude = 0, [s["name"] for s in manifest.info["shards"] if s.get("skipped")]
-    own_uids = manifest.info["config"]["input"]["uid_field"] is not None
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.write("split_parts:\n  train:\n")
-        file.writelines(f"  - {_pattern(s['name'])}\n" for s in manifest.info["shards"])
-        file.write("  val: []\n  test: []\nexclude:" + ("\n" if manifest.info["shards"] else " []\n"))
-        file.writelines(f"- {_pattern(name)}\n" for name in exclude)
-        for shard, rows in manifest.parts(["uid", "key", "loss_weight"]):
-            trains = _training(rows)
-            count += len(trains)
-            if not len(trains):
-                file.write(f"- {_pattern(shard)}\n")
-                continue
-            out = rows.filter(pc.equal(rows["loss_weight"], 0))
-            for uid, key in zip(out["uid"].to_pylist(), out["key"].to_pylist(), strict=True):
-                if "\\x" in key and not own_uids and uid != sample_uid(shard, key.encode()):
-                    raise InputError(f"{shard}: the key {key!r} is not UTF-8 and energon cannot exclude it; rename it")
-                file.write(f"- {_pattern(f'{shard}/{key}')}\n")
-    return count
+        file.writelines(f"  - {_pattern(shard['name'])}\n" for shard in manifest.info["shards"])
+        file.write("  val: []\n  test: []\n")
+        names = _excluded(manifest)
+        first = next(names, None)
+        file.write("exclude: []\n" if first is None else f"exclude:\n- {_pattern(first)}\n")
+        file.writelines(f"- {_pattern(name)}\n" for name in names)
+
+
+def _excluded(manifest: Manifest) -> Iterator[str]:
+    """Yield what Energon is to leave out: shards, and samples as shard/key."""
+    yield from (shard["name"] for shard in manifest.info["shards"] if shard.get("skipped"))
+    own_uids = manifest.info["config"]["input"]["uid_field"] is not None
+    for shard, rows in manifest.parts(["uid", "key", "loss_weight"]):
+        out = rows.filter(pc.equal(rows["loss_weight"], 0))
+        if len(out) == len(rows):
+            yield shard
+            continue
+        for uid, key in zip(out["uid"].to_pylist(), out["key"].to_pylist(), strict=True):
+            if "\\x" in key and not own_uids and uid != sample_uid(shard, key.encode()):
+                raise InputError(f"{shard}: the key {key!r} is not UTF-8 and energon cannot exclude it; rename it")
+            yield f"{shard}/{key}"
 
 
 def _pattern(name: str) -> str:
@@ -101,7 +101,7 @@ def _pattern(name: str) -> str:
     return '"' + literal.encode("unicode_escape").decode().replace('"', '\\"') + '"'
 
 
-def datacomp(manifest: Manifest, path: Path) -> int:
+def datacomp(manifest: Manifest, path: Path) -> None:
     """Write the subset file of DataComp's resharder: the uids that train, sorted, a .npy of dtype `u8,u8`.
 
     Raises ConfigError where the run's uids are not the data's own.
@@ -117,33 +117,29 @@ def datacomp(manifest: Manifest, path: Path) -> int:
     subset["f0"], subset["f1"] = halves[::2][order], halves[1::2][order]
     with open(path, "wb") as file:
         np.save(file, subset)
-    return len(subset)
 
 
-def open_clip(manifest: Manifest, path: Path) -> int:
+def open_clip(manifest: Manifest, path: Path) -> None:
     """Write the `sizes.json` of the filtered shards: of each its samples, kept and masked, by its file name.
 
     A run that wrote filtered shards has one in each of their folders.  Raises ConfigError for shards of several
     folders that have one file name, by which alone open_clip tells them apart.
     """
     sizes: dict[str, int] = {}
-    count = 0
-    for shard, rows in manifest.parts(["action", "loss_weight"]):
+    for shard, rows in manifest.parts(["action"]):
         name, size = shard.rpartition("/")[2], pc.is_in(rows["action"], pa.array(["keep", "mask"])).to_numpy().sum()
         if size and name in sizes:
             raise ConfigError(f"{shard}: a second shard of this file name; export each folder from a run of its own")
         if size:  # an emptied shard is not written
             sizes[name] = int(size)
-        count += len(_training(rows))
     path.write_text(canonical(sizes), encoding="utf-8")
-    return count
 
 
 def _training(rows: pa.Table) -> pa.Table:
     return rows.filter(pc.greater(rows["loss_weight"], 0))
 
 
-EXPORTERS: dict[str, Callable[[Manifest, Path], int]] = {
+EXPORTERS: dict[str, Callable[[Manifest, Path], None]] = {
     "datacomp": datacomp,
     "energon": energon,
     "keys": keys,
