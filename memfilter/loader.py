@@ -44,14 +44,13 @@ class _Weights:
                 self._shards[url] = self.manifest.name_of(url) if named else self.manifest.shard_of(url)
             except KeyError as e:
                 if self.missing == "error":
-                    raise KeyError(f"{e.args[0]}; {self._remedy()}") from None
+                    raise KeyError(f"{e.args[0]}; {_REMEDY}{self._doubt()}") from None
                 self._shards[url] = None
         return self._shards[url]
 
-    def _remedy(self) -> str:
-        if any(self._shards.values()):
-            return _REMEDY
-        return f"{_REMEDY}; no shard so far is known: is this the manifest of another data set?"
+    def _doubt(self) -> str:
+        known = any(self._shards.values())
+        return "" if known else "; no shard so far is known: is this the manifest of another data set?"
 
     def _pass(self, url: str, key: str) -> None:
         """Count a sample that passes although the manifest does not know it; raises KeyError where none may."""
@@ -59,7 +58,8 @@ class _Weights:
             raise KeyError(f"{url}: the manifest has no sample {key!r}; {_REMEDY}")
         self.unknown += 1
         if str(self.unknown).strip("0") == "1":  # 1, 10, 100, ...
-            _log.warning("%s: the manifest has no sample %r; %d passed with weight 1", url, key, self.unknown)
+            message = "%s: the manifest has no sample %r; %d passed with weight 1%s"
+            _log.warning(message, url, key, self.unknown, self._doubt())
 
     def _columns(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Return the columns (N,) that rows get: `loss_weight`, float32, and `mitigate`, bool, where a policy asks."""
@@ -81,9 +81,7 @@ class _Weights:
 class Attach(_Weights):
     """The stage of `Manifest.attach`: a callable from samples to samples."""
 
-    def __init__(
-        self, manifest: Manifest, missing: str = "error", captions: str = "own", pipes: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, manifest: Manifest, missing: str, captions: str, pipes: Mapping[str, str] | None) -> None:
         if missing not in ("error", "keep") or captions not in ("own", "pool"):
             raise ConfigError(f"attach(missing={missing!r}, captions={captions!r}): error or keep, own or pool")
         super().__init__(manifest, missing, pipes)
@@ -139,9 +137,9 @@ class Collate(_Weights):
     def __init__(
         self,
         manifest: Manifest,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-        missing: str = "error",
-        pipes: Mapping[str, str] | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None,
+        missing: str,
+        pipes: Mapping[str, str] | None,
     ) -> None:
         super().__init__(manifest, missing, pipes)
         self.collate_fn = collate_fn

@@ -284,11 +284,7 @@ class Manifest:
 
     def weights(self, shards: Sequence[str], keys: Sequence[str | bytes]) -> Floats:
         """Return the loss weights (N,) of samples by their shards, names or URLs, and keys; raises KeyError."""
-        places = self.places([self.name_of(shard) for shard in shards], keys)
-        if (places < 0).any():
-            unknown = int(np.argmin(places))
-            raise KeyError(f"{shards[unknown]}: the manifest has no sample {keys[unknown]!r}")
-        return self.lookup.weights(places)
+        return self.lookup.weights(self._find_all([self.name_of(shard) for shard in shards], keys))
 
     def pool_weight(self, shard: str, key: str | bytes) -> float:
         """Return the loss weight of a sample where samples train on their pooled captions; raises KeyError.
@@ -313,9 +309,7 @@ class Manifest:
         rows = rows.set_column(0, "shard", names.take(pc.index_in(rows["shard"], shards).combine_chunks()))
         counts = rows.group_by(["shard", "key"]).aggregate([("seen", "sum"), ("masked", "sum")])
         often = counts.filter(pc.greater_equal(counts["masked_sum"], pc.multiply(counts["seen_sum"], share)))
-        names, keys = often["shard"].to_pylist(), often["key"].to_pylist()
-        self.weights(names, keys)  # all are known
-        places = self.places(names, keys)
+        places = self._find_all(often["shard"].to_pylist(), often["key"].to_pylist())
         earlier = places[:0] if self._online is None else self._online
         return Manifest(self.path, self.info, self.root, np.union1d(earlier, places))
 
@@ -424,6 +418,13 @@ class Manifest:
         if place < 0:
             raise KeyError(f"{shard}: the manifest has no sample {key!r}")
         return place
+
+    def _find_all(self, shards: Sequence[str], keys: Sequence[str | bytes]) -> Ints:
+        places = self.places(shards, keys)
+        if (places < 0).any():
+            unknown = int(np.argmin(places))
+            raise KeyError(f"{shards[unknown]}: the manifest has no sample {keys[unknown]!r}")
+        return places
 
     def _uid(self, shard: str, key: str | bytes) -> bytes:
         raw = key.encode("utf-8", "surrogateescape") if isinstance(key, str) else key

@@ -222,7 +222,10 @@ def test_an_unknown_sample_is_an_error_that_names_key_shard_and_remedy(run: Mani
         run.weigh("ignore")  # type: ignore[arg-type]
 
 
-def test_a_manifest_of_another_data_set_says_so(run: Manifest) -> None:
+DOUBT = "is this the manifest of another data set?"
+
+
+def test_a_manifest_of_another_data_set_says_so(run: Manifest, caplog: pytest.LogCaptureFixture) -> None:
     stranger = {"__key__": "x/a0", "__url__": "s3://bucket/train-0001.tar"}
     message = r"train-0001\.tar: none of the manifest's 3 shards.*is this the manifest of another data set\?"
     for made in (run.attach(), run.collate(), run.weigh()):
@@ -232,6 +235,9 @@ def test_a_manifest_of_another_data_set_says_so(run: Manifest) -> None:
         list(run.attach()([samples_of(run)[0], stranger]))
     assert "none of the manifest's 3 shards" in str(error.value)
     assert "another data set" not in str(error.value)
+    with caplog.at_level(logging.WARNING, "memfilter"):
+        assert next(run.attach("keep")([stranger]))["loss_weight"] == 1
+    assert caplog.messages[-1].endswith("1 passed with weight 1; no shard so far is known: " + DOUBT)
 
 
 # -- Hugging Face datasets --------------------------------------------------------------------------------------------
