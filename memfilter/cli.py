@@ -127,6 +127,27 @@ def verify(directory: Path) -> None:
 
 
 @cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--to", required=True, type=click.Choice(["datacomp", "energon", "keys", "open_clip"]))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The file to write.")
+def export(directory: Path, to: str, out: Path) -> None:
+    """Write what trains, by the manifest in a run's DIRECTORY, as another loader reads it.
+
+    \b
+    datacomp   a .npy of sorted uids for its resharder
+    energon    a split.yaml that excludes what does not train
+    keys       a text file: shard, tab, key
+    open_clip  the sizes.json of the filtered shards
+    """
+    from .exporters import export as write
+    from .manifest import Manifest
+
+    manifest = Manifest.load(directory)
+    count = write(manifest, to, out)
+    click.echo(f"{out}: {count} of {manifest.counts['read']} samples train")
+
+
+@cli.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("memfilter-demo"), show_default=True)
 @_WORKERS
 def demo(out: Path, workers: int | None) -> None:

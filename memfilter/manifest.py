@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .errors import ConfigError, InputError, RunError, in_one_line
+from .lookup import Lookup, write_lookup
 from .records import (
     ACTIONS,
     CAPTION_METHODS,
@@ -26,14 +27,18 @@ from .records import (
     METHODS,
     SIGNALS,
     Decisions,
+    Floats,
     GeneralityScores,
     Groups,
     Ints,
     Samples,
     Scores,
 )
-from .source import sample_uid
-from .store import Store, done, file_digest, read_table, replacing, write_sealed, write_table
+from .source import printable_key, sample_uid
+from .store import Store, done, file_digest, read_table, write_sealed, write_table
+
+if TYPE_CHECKING:
+    from .loader import Attach, Collate, Weigh
 
 SCHEMA_VERSION = 2
 
@@ -210,21 +215,14 @@ def _write_lookup(store: Store, samples: Samples, uid: pa.Array, decisions: Deci
         names = [samples.shards[i].name for i in shard]
         ids = [sample_uid(n, k.encode()) for n, k in zip(names, keys.to_pylist(), strict=True)]
         places = pa.array(ids, pa.binary(16))
-    halves = np.frombuffer(places.buffers()[1], ">u8", 2 * len(places), places.offset * 16).astype(np.uint64)
-    high, low = halves[::2], halves[1::2]
-    order = np.lexsort((low, high))
-    columns = {
-        "high": high[order],
-        "low": low[order],
-        "weight": decisions.weight[order],
-        "pool_weight": decisions.pool_weight[order],
-        "mitigate": decisions.mitigate[order].astype(np.uint8),
-        "shard": shard[order].astype(np.int32),
-        "row": (np.arange(len(samples)) - samples.first[shard])[order].astype(np.int32),
+    columns: dict[str, npt.NDArray[Any]] = {
+        "weight": decisions.weight,
+        "pool_weight": decisions.pool_weight,
+        "mitigate": decisions.mitigate.astype(np.uint8),
+        "shard": shard.astype(np.int32),
+        "row": (np.arange(len(samples)) - samples.first[shard]).astype(np.int32),
     }
-    table = pa.table(columns)
-    with replacing(store.manifest / "lookup.arrow") as path, pa.ipc.new_file(str(path), table.schema) as writer:
-        writer.write_batch(table.combine_chunks().to_batches()[0] if len(table) else pa.record_batch(columns))
+    write_lookup(store.manifest / "lookup.arrow", places, columns)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -272,21 +270,28 @@ class Manifest:
 
     def table(self, columns: list[str] | None = None) -> pa.Table:
         """Return the rows of all shards, sorted by (shard, index)."""
-        store = Store(self.path)
-        parts = [read_table(store.manifest_part(name), columns) for name in self.shards]
         schema = pa.schema([MANIFEST.field(c) for c in columns]) if columns else MANIFEST
-        return pa.concat_tables(parts) if parts else schema.empty_table()
+        return pa.concat_tables([schema.empty_table(), *(part for _, part in self.parts(columns))])
+
+    def parts(self, columns: list[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
+        """Yield each shard's name and rows, sorted by index."""
+        for name in self.shards:
+            yield name, read_table(Store(self.path).manifest_part(name), columns)
 
     def weight(self, shard: str, key: str | bytes) -> float:
         """Return the loss weight of the sample with this key in the shard of this name; raises KeyError."""
-        return self._weight("weight", self._find(shard, key))
+        return self.lookup.weight(self._find(shard, key))
+
+    def weights(self, shards: Sequence[str], keys: Sequence[str | bytes]) -> Floats:
+        """Return the loss weights (N,) of samples by their shards, names or URLs, and keys; raises KeyError."""
+        return self.lookup.weights(self._find_all([self.name_of(shard) for shard in shards], keys))
 
     def pool_weight(self, shard: str, key: str | bytes) -> float:
         """Return the loss weight of a sample where samples train on their pooled captions; raises KeyError.
 
         It differs from `weight` where the sample, or one of its groups, is masked for its caption's magnitude alone.
         """
-        return self._weight("pool_weight", self._find(shard, key))
+        return self.lookup.weight(self._find(shard, key), pooled=True)
 
     def with_online(self, *paths: str | Path, share: float = 0.5) -> Manifest:
         """Return this manifest with weight 0 for what training masked in at least `share` of the times it was seen.
@@ -300,24 +305,23 @@ class Manifest:
             raise ConfigError(f"with_online(share={share}): above 0 and at most 1")
         rows = pa.concat_tables([_SIGHTINGS.empty_table(), *(_read_sightings(Path(path)) for path in paths)])
         shards = rows["shard"].unique()
-        names = pa.array([name if name in self._names else self.shard_of(name) for name in shards.to_pylist()])
+        names = pa.array([self.name_of(name) for name in shards.to_pylist()])
         rows = rows.set_column(0, "shard", names.take(pc.index_in(rows["shard"], shards).combine_chunks()))
         counts = rows.group_by(["shard", "key"]).aggregate([("seen", "sum"), ("masked", "sum")])
         often = counts.filter(pc.greater_equal(counts["masked_sum"], pc.multiply(counts["seen_sum"], share)))
-        pairs = zip(often["shard"].to_pylist(), often["key"].to_pylist(), strict=True)
-        places = np.array([self._find(shard, key) for shard, key in pairs], np.int64)
+        places = self._find_all(often["shard"].to_pylist(), often["key"].to_pylist())
         earlier = places[:0] if self._online is None else self._online
         return Manifest(self.path, self.info, self.root, np.union1d(earlier, places))
 
     def mitigate(self, shard: str, key: str | bytes) -> bool:
         """Tell whether the sample's caption is handed over to mitigation in training; raises KeyError."""
-        return bool(self._lookup["mitigate"][self._find(shard, key)])
+        return self.lookup.mitigate(self._find(shard, key))
 
     def row(self, shard: str, key: str | bytes) -> dict[str, Any]:
         """Return the manifest's row of a sample as a dictionary; raises KeyError."""
         place = self._find(shard, key)
-        part = self._part(int(self._lookup["shard"][place]))
-        found: dict[str, Any] = part.slice(int(self._lookup["row"][place]), 1).to_pylist()[0]
+        part = self._part(int(self.lookup.columns["shard"][place]))
+        found: dict[str, Any] = part.slice(int(self.lookup.columns["row"][place]), 1).to_pylist()[0]
         return found
 
     def attach(
@@ -328,14 +332,43 @@ class Manifest:
     ) -> Attach:
         """Return a webdataset stage that sets `sample["loss_weight"]`, a Python float.
 
-        A sample that the manifest does not know raises KeyError, or passes with weight 1 under `missing="keep"`.
+        A sample that the manifest does not know raises KeyError, or passes with weight 1 under `missing="keep"`:
+        `unknown` of the stage counts those of this process, and a warning tells the first, tenth, hundredth and so on.
         With `captions="pool"`, samples with pooled captions get them as `sample["captions"]`, and one that is masked
         for its own caption's magnitude alone trains on them.  Where a policy hands samples over to caption mitigation,
-        `sample["mitigate"]` tells whether this is one.  `pipes` maps `pipe:` URLs to shard names.
+        `sample["mitigate"]` tells whether this is one.  `pipes` maps URLs that tell no shard, as those of `pipe:`, to
+        shard names.
         """
-        if missing not in ("error", "keep") or captions not in ("own", "pool"):
-            raise ConfigError(f"attach(missing={missing!r}, captions={captions!r}): error or keep, own or pool")
-        return Attach(self, missing, captions, dict(pipes or {}))
+        from .loader import Attach
+
+        return Attach(self, missing, captions, pipes)
+
+    def weigh(self, missing: Literal["error", "keep"] = "error", pipes: Mapping[str, str] | None = None) -> Weigh:
+        """Return a function that gives rows a column `loss_weight`: `dataset.map(manifest.weigh(), batched=True)`.
+
+        It is for Hugging Face `datasets`, batched or not, and whatever else maps rows that tell their shard by
+        `__url__` (or `shard`) and their `__key__` (or `key`); float32.  Where a policy hands samples over to caption
+        mitigation there is a column `mitigate` too.  `missing` and `pipes` are those of `attach`.
+        """
+        from .loader import Weigh
+
+        return Weigh(self, missing, pipes)
+
+    def collate(
+        self,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        missing: Literal["error", "keep"] = "error",
+        pipes: Mapping[str, str] | None = None,
+    ) -> Collate:
+        """Return a function that makes a batch as `collate_fn` does, with its `loss_weight`, a float32 tensor (B,).
+
+        Samples carry their `loss_weight`, or are looked up as by `weigh`, the whole batch at once.  `collate_fn`, by
+        default torch's own, gets them without the weight and without the names of shard and key: a batch with texts
+        in it fails in accelerate with more than one process.  `missing` and `pipes` are those of `attach`.
+        """
+        from .loader import Collate
+
+        return Collate(self, collate_fn, missing, pipes)
 
     def shard_of(self, url: str) -> str:
         """Return the name of the shard at a URL; raises KeyError.
@@ -359,36 +392,48 @@ class Manifest:
                 return found[0]
         raise KeyError(f"{url}: none of the manifest's {len(known)} shards, or more than one, has this name")
 
+    def name_of(self, shard: str) -> str:
+        """Return the shard of this name, or else the name of the one at this URL; raises KeyError."""
+        return shard if shard in self._names else self.shard_of(shard)
+
     @cached_property
     def _names(self) -> frozenset[str]:
         return frozenset(self.shards)
 
     @cached_property
-    def _lookup(self) -> dict[str, npt.NDArray[Any]]:
-        source = pa.memory_map(str(self.path / "manifest" / "lookup.arrow"))
-        batch = pa.ipc.open_file(source).get_batch(0)
-        return {name: batch.column(name).to_numpy() for name in batch.schema.names}
+    def lookup(self) -> Lookup:
+        """The look-up file, opened; raises RunError where it is missing or damaged."""
+        return Lookup(self.path / "manifest" / "lookup.arrow", self._online)
 
-    def _weight(self, column: str, place: int) -> float:
-        if self._online is not None:
-            at = int(np.searchsorted(self._online, place))
-            if at < len(self._online) and self._online[at] == place:
-                return 0.0
-        return float(self._lookup[column][place])
+    def place(self, shard: str, key: str | bytes) -> int:
+        """Return the place in the look-up file of the sample with this key in the shard of this name, -1 for none."""
+        return self.lookup.place(self._uid(shard, key))
+
+    def places(self, shards: Sequence[str], keys: Sequence[str | bytes]) -> Ints:
+        """Return the places (N,) in the look-up file of samples by the names of their shards and their keys."""
+        return self.lookup.places(b"".join(self._uid(s, k) for s, k in zip(shards, keys, strict=True)))
 
     def _find(self, shard: str, key: str | bytes) -> int:
+        place = self.place(shard, key)
+        if place < 0:
+            raise KeyError(f"{shard}: the manifest has no sample {key!r}")
+        return place
+
+    def _find_all(self, shards: Sequence[str], keys: Sequence[str | bytes]) -> Ints:
+        places = self.places(shards, keys)
+        if (places < 0).any():
+            unknown = int(np.argmin(places))
+            raise KeyError(f"{shards[unknown]}: the manifest has no sample {keys[unknown]!r}")
+        return places
+
+    def _uid(self, shard: str, key: str | bytes) -> bytes:
         raw = key.encode("utf-8", "surrogateescape") if isinstance(key, str) else key
-        if self.info["config"]["input"]["uid_field"] is not None:
-            raw = raw.decode("utf-8", "backslashreplace").encode()
-        uid = sample_uid(shard, raw)
-        high, low = int.from_bytes(uid[:8], "big"), int.from_bytes(uid[8:], "big")
-        column = self._lookup["high"]
-        place = int(np.searchsorted(column, np.uint64(high)))
-        while place < len(column) and column[place] == high:
-            if self._lookup["low"][place] == low:
-                return place
-            place += 1
-        raise KeyError(f"{shard}: the manifest has no sample {key!r}")
+        # with uids of their own, samples are looked up by their keys as they stand in the table
+        return sample_uid(shard, printable_key(raw).encode() if self._own_uids else raw)
+
+    @cached_property
+    def _own_uids(self) -> bool:
+        return self.info["config"]["input"]["uid_field"] is not None
 
     def _part(self, shard: int) -> pa.Table:
         if shard not in self._parts:
@@ -410,53 +455,3 @@ def _read_sightings(path: Path) -> pa.Table:
         return pq.read_table(path, columns=_SIGHTINGS.names).cast(_SIGHTINGS)
     except (OSError, ValueError, pa.ArrowException) as e:
         raise InputError(f"{path}: not a file that Sightings.save() wrote: {in_one_line(e)}") from e
-
-
-class Attach:
-    """The stage of `Manifest.attach`: a picklable callable from samples to samples."""
-
-    def __init__(self, manifest: Manifest, missing: str, captions: str, pipes: dict[str, str]) -> None:
-        self.manifest, self.missing, self.captions, self.pipes = manifest, missing, captions, pipes
-        self.unknown = 0  # samples that passed with weight 1 because the manifest does not know them
-        self.mitigates = "mitigate" in manifest.info["config"]["policy"].values()
-        self._shard_of: dict[str, str] = {}
-
-    def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield every sample with its weight set."""
-        for sample in samples:
-            if "__key__" in sample:  # webdataset marks the end of a shard by an empty sample
-                self._attach(sample)
-            yield sample
-
-    def _attach(self, sample: dict[str, Any]) -> None:
-        if "__url__" not in sample:
-            raise ConfigError("a sample has no __url__; put attach() right after the shards are read, before any map")
-        try:
-            shard, key = self._name(sample["__url__"]), sample["__key__"]
-            sample["loss_weight"] = self.manifest.weight(shard, key)
-            if self.mitigates:
-                sample["mitigate"] = self.manifest.mitigate(shard, key)
-            if self.captions == "pool":
-                self._pool(sample, shard, key)
-        except KeyError as e:
-            if self.missing == "error":
-                raise KeyError(f"{e.args[0]}; give the manifest of these shards, or attach(missing='keep')") from None
-            self.unknown += 1
-            sample["loss_weight"] = 1.0
-
-    def _pool(self, sample: dict[str, Any], shard: str, key: str) -> None:
-        pooled = self.manifest.row(shard, key)["captions"]
-        if pooled is not None:
-            sample["captions"] = pooled
-        if pooled or sample["loss_weight"]:
-            sample["loss_weight"] = self.manifest.pool_weight(shard, key)
-
-    def _name(self, url: str) -> str:
-        if url not in self._shard_of:
-            if url.startswith("pipe:"):
-                if url not in self.pipes:
-                    raise KeyError(f"{url}: tell its shard with attach(pipes={{url: name}})")
-                self._shard_of[url] = self.pipes[url]
-            else:
-                self._shard_of[url] = self.manifest.shard_of(url)
-        return self._shard_of[url]

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import IO, Any
 
 import xxhash
@@ -344,9 +345,15 @@ class Members:
 
 def sample_uid(shard: str, key: bytes) -> bytes:
     """Return the 16-byte uid of a sample: blake2b-128 of shard and key, each prefixed by its length (8 bytes, big)."""
+    digest = _begun_uid(shard).copy()
+    digest.update(len(key).to_bytes(8, "big") + key)
+    return digest.digest()
+
+
+@lru_cache(maxsize=1024)
+def _begun_uid(shard: str) -> hashlib.blake2b:
     name = shard.encode("utf-8", "surrogateescape")
-    parts = (len(name).to_bytes(8, "big"), name, len(key).to_bytes(8, "big"), key)
-    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
+    return hashlib.blake2b(len(name).to_bytes(8, "big") + name, digest_size=16)
 
 
 def printable_key(key: bytes) -> str:

@@ -1,0 +1,180 @@
+"""What a data loader does with a manifest: give each sample its loss weight, one by one, in columns or in batches.
+
+All are picklable callables.  The look-up file is opened in the process that first asks, and its pages are shared.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ConfigError
+from .manifest import Manifest
+
+_log = logging.getLogger(__name__)
+_REMEDY = "give the manifest of these shards, or missing='keep'"
+_WHERE = (("__url__", "__key__"), ("shard", "key"))  # what tells a sample's shard and key
+
+
+class _Weights:
+    """What they share: shards known by their URLs, and samples that the manifest does not know."""
+
+    def __init__(self, manifest: Manifest, missing: str, pipes: Mapping[str, str] | None) -> None:
+        if missing not in ("error", "keep"):
+            raise ConfigError(f"missing={missing!r}: error or keep")
+        self.manifest, self.missing, self.pipes = manifest, missing, dict(pipes or {})
+        self.mitigates = "mitigate" in manifest.info["config"]["policy"].values()
+        self.unknown = 0  # samples of this process that passed with weight 1 because the manifest does not know them
+        self._shards: dict[str, str | None] = dict(self.pipes)  # by URL, None where the manifest knows no such shard
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # without the counter and what was looked up: what is equal has equal bytes, by which datasets finds its caches
+        return type(self), (self.manifest, self.missing, self.pipes)
+
+    def _shard(self, url: str, named: bool = False) -> str | None:
+        """Return the name of the shard at a URL, or of this name, None for one that passes unknown."""
+        if url not in self._shards:
+            try:
+                if url.startswith("pipe:"):
+                    raise KeyError(f"{url}: tell its shard with pipes={{url: name}}")
+                self._shards[url] = self.manifest.name_of(url) if named else self.manifest.shard_of(url)
+            except KeyError as e:
+                if self.missing == "error":
+                    raise KeyError(f"{e.args[0]}; {_REMEDY}{self._doubt()}") from None
+                self._shards[url] = None
+        return self._shards[url]
+
+    def _doubt(self) -> str:
+        known = any(self._shards.values())
+        return "" if known else "; no shard so far is known: is this the manifest of another data set?"
+
+    def _pass(self, url: str, key: str) -> None:
+        """Count a sample that passes although the manifest does not know it; raises KeyError where none may."""
+        if self.missing == "error":
+            raise KeyError(f"{url}: the manifest has no sample {key!r}; {_REMEDY}")
+        self.unknown += 1
+        if str(self.unknown).strip("0") == "1":  # 1, 10, 100, ...
+            message = "%s: the manifest has no sample %r; %d passed with weight 1%s"
+            _log.warning(message, url, key, self.unknown, self._doubt())
+
+    def _columns(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Return the columns (N,) that rows get: `loss_weight`, float32, and `mitigate`, bool, where a policy asks."""
+        url, key = _where(rows)
+        shards = [self._shard(u, named=url == "shard") for u in rows[url]]
+        places = self.manifest.places([shard or "" for shard in shards], rows[key])
+        for row in np.flatnonzero(places < 0).tolist():
+            self._pass(rows[url][row], rows[key][row])
+        known, lookup = places >= 0, self.manifest.lookup
+        weights = np.ones(len(places), np.float32)
+        weights[known] = lookup.weights(places[known])
+        if not self.mitigates:
+            return {"loss_weight": weights}
+        mitigate = np.zeros(len(places), bool)
+        mitigate[known] = lookup.columns["mitigate"][places[known]]
+        return {"loss_weight": weights, "mitigate": mitigate}
+
+
+class Attach(_Weights):
+    """The stage of `Manifest.attach`: a callable from samples to samples."""
+
+    def __init__(self, manifest: Manifest, missing: str, captions: str, pipes: Mapping[str, str] | None) -> None:
+        if missing not in ("error", "keep") or captions not in ("own", "pool"):
+            raise ConfigError(f"attach(missing={missing!r}, captions={captions!r}): error or keep, own or pool")
+        super().__init__(manifest, missing, pipes)
+        self.captions = captions
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Attach, (self.manifest, self.missing, self.captions, self.pipes)
+
+    def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield every sample with its weight set."""
+        for sample in samples:
+            if "__key__" in sample:  # webdataset marks the end of a shard by an empty sample
+                self._attach(sample)
+            yield sample
+
+    def _attach(self, sample: dict[str, Any]) -> None:
+        if "__url__" not in sample:
+            raise ConfigError("a sample has no __url__; put attach() right after the shards are read, before any map")
+        shard, key = self._shard(sample["__url__"]), sample["__key__"]
+        place = -1 if shard is None else self.manifest.place(shard, key)
+        if shard is None or place < 0:
+            self._pass(sample["__url__"], key)
+            sample["loss_weight"] = 1.0
+            return
+        sample["loss_weight"] = self.manifest.lookup.weight(place)
+        if self.mitigates:
+            sample["mitigate"] = self.manifest.lookup.mitigate(place)
+        if self.captions == "pool":
+            self._pool(sample, shard, key, place)
+
+    def _pool(self, sample: dict[str, Any], shard: str, key: str, place: int) -> None:
+        pooled = self.manifest.row(shard, key)["captions"]
+        if pooled is not None:
+            sample["captions"] = pooled
+        if pooled or sample["loss_weight"]:
+            sample["loss_weight"] = self.manifest.lookup.weight(place, pooled=True)
+
+
+class Weigh(_Weights):
+    """The function of `Manifest.weigh`: from rows to their new columns."""
+
+    def __call__(self, rows: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the columns that are new in a batch of rows, arrays (N,), or in one row, numbers."""
+        url, key = _where(rows)
+        if isinstance(rows[key], str):
+            return {name: column[0] for name, column in self._columns({url: [rows[url]], key: [rows[key]]}).items()}
+        return dict(self._columns(rows))
+
+
+class Collate(_Weights):
+    """The function of `Manifest.collate`: from samples to a batch."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        collate_fn: Callable[[list[Any]], Any] | None,
+        missing: str,
+        pipes: Mapping[str, str] | None,
+    ) -> None:
+        super().__init__(manifest, missing, pipes)
+        self.collate_fn = collate_fn
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Collate, (self.manifest, self.collate_fn, self.missing, self.pipes)
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> MutableMapping[str, Any]:
+        """Return a batch with its `loss_weight`, a float32 tensor (B,)."""
+        import torch
+        from torch.utils.data import default_collate
+
+        if all("loss_weight" in sample for sample in samples):
+            names: tuple[str, ...] = _WHERE[0]
+            found: dict[str, Any] = {"loss_weight": np.array([float(s["loss_weight"]) for s in samples], np.float32)}
+        else:
+            names = _where(samples[0])
+            found = self._columns({name: [sample[name] for sample in samples] for name in names})
+        left_out = {*names, *found, "__local_path__"}
+        batch = (self.collate_fn or default_collate)(
+            [{name: value for name, value in sample.items() if name not in left_out} for sample in samples]
+        )
+        if not isinstance(batch, MutableMapping):
+            raise ConfigError(f"collate_fn returned {type(batch).__name__}: a mapping takes the batch's loss_weight")
+        for name, column in found.items():
+            batch[name] = torch.from_numpy(column)
+        return batch
+
+
+def _where(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the names under which rows hold shard and key."""
+    for names in _WHERE:
+        if all(name in row for name in names):
+            return names
+    raise ConfigError(
+        f"rows hold {', '.join(map(repr, row)) or 'nothing'}: keep the columns __url__ and __key__, or shard and key, "
+        "by which a sample is found"
+    )
