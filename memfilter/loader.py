@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ConfigError
-from .manifest import Manifest
+from .manifest import Manifest, path_of
 
 _log = logging.getLogger(__name__)
 _REMEDY = "give the manifest of these shards, or missing='keep'"
+_DOUBT = ": is this the manifest of another data set?"
 _WHERE = (("__url__", "__key__"), ("shard", "key"))  # what tells a sample's shard and key
 
 
@@ -29,6 +30,7 @@ class _Weights:
         self.manifest, self.missing, self.pipes = manifest, missing, dict(pipes or {})
         self.mitigates = "mitigate" in manifest.info["config"]["policy"].values()
         self.unknown = 0  # samples of this process that passed with weight 1 because the manifest does not know them
+        self._told = False
         self._shards: dict[str, str | None] = dict(self.pipes)  # by URL, None where the manifest knows no such shard
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -41,16 +43,24 @@ class _Weights:
             try:
                 if url.startswith("pipe:"):
                     raise KeyError(f"{url}: tell its shard with pipes={{url: name}}")
-                self._shards[url] = self.manifest.name_of(url) if named else self.manifest.shard_of(url)
+                name = self.manifest.name_of(url) if named else self.manifest.shard_of(url)
+                self._shards[url] = name
+                if not named:
+                    self._compare(url, name)
             except KeyError as e:
                 if self.missing == "error":
                     raise KeyError(f"{e.args[0]}; {_REMEDY}{self._doubt()}") from None
                 self._shards[url] = None
         return self._shards[url]
 
+    def _compare(self, url: str, name: str) -> None:
+        if not self._told and self.manifest.is_other(name, path_of(url)):
+            self._told = True
+            _log.warning("%s: has another size than the manifest's shard %s%s", url, name, _DOUBT)
+
     def _doubt(self) -> str:
         known = any(self._shards.values())
-        return "" if known else "; no shard so far is known: is this the manifest of another data set?"
+        return "" if known else f"; no shard so far is known{_DOUBT}"
 
     def _pass(self, url: str, key: str) -> None:
         """Count a sample that passes although the manifest does not know it; raises KeyError where none may."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -376,8 +377,7 @@ class Manifest:
         It is looked for below the input root, below the filtered shards, and by its longest path suffix that names
         exactly one shard.
         """
-        path = url.split("?")[0].split("#")[0].removeprefix("file://").removeprefix("file:")
-        known = self._names
+        path, known = path_of(url), self._names
         for root in (self.root, os.path.abspath(self.path / "shards")):
             full = path if "://" in path else os.path.abspath(path)
             if root and full.startswith(root.rstrip("/") + "/"):
@@ -392,6 +392,17 @@ class Manifest:
                 return found[0]
         raise KeyError(f"{url}: none of the manifest's {len(known)} shards, or more than one, has this name")
 
+    def is_other(self, shard: str, path: str) -> bool:
+        """Tell whether a file has another size than the input shard of this name and the filtered one.
+
+        Names such as 00000.tar recur in every data set.  False where either size is not known.
+        """
+        own = self.path / "shards" / shard
+        with contextlib.suppress(OSError):
+            expected = {self._sizes[shard], *([own.stat().st_size] if self.info["config"]["output"]["shards"] else [])}
+            return None not in expected and os.stat(path).st_size not in expected
+        return False
+
     def name_of(self, shard: str) -> str:
         """Return the shard of this name, or else the name of the one at this URL; raises KeyError."""
         return shard if shard in self._names else self.shard_of(shard)
@@ -399,6 +410,10 @@ class Manifest:
     @cached_property
     def _names(self) -> frozenset[str]:
         return frozenset(self.shards)
+
+    @cached_property
+    def _sizes(self) -> dict[str, int | None]:
+        return {s["name"]: s["bytes"] for s in self.info["shards"]}
 
     @cached_property
     def lookup(self) -> Lookup:
@@ -445,6 +460,11 @@ class Manifest:
     @cached_property
     def _parts(self) -> dict[int, pa.Table]:
         return {}
+
+
+def path_of(url: str) -> str:
+    """Return a URL without query and fragment, and of a file's its path."""
+    return url.split("?")[0].split("#")[0].removeprefix("file://").removeprefix("file:")
 
 
 _SIGHTINGS = pa.schema([("shard", pa.string()), ("key", pa.string()), ("seen", pa.int64()), ("masked", pa.int64())])

@@ -240,6 +240,23 @@ def test_a_manifest_of_another_data_set_says_so(run: Manifest, caplog: pytest.Lo
     assert caplog.messages[-1].endswith("1 passed with weight 1; no shard so far is known: " + DOUBT)
 
 
+def test_a_shard_of_the_same_name_and_keys_and_another_size_is_doubted(
+    run: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = samples_of(run)
+    filtered = [{**row, "__url__": row["__url__"].replace(str(run.root), str(run.path / "shards"))} for row in rows]
+    with caplog.at_level(logging.WARNING, "memfilter"):
+        list(run.attach()(rows))
+        list(run.attach()(filtered))
+    assert not caplog.messages
+    other = tmp_path / "a" / "00000.tar"
+    other.parent.mkdir()
+    other.write_bytes(b"0" * 20480 * 3)
+    with caplog.at_level(logging.WARNING, "memfilter"):
+        list(run.attach()([{**rows[2], "__url__": f"file:{other}"}] * 3))
+    assert caplog.messages == [f"file:{other}: has another size than the manifest's shard a/00000.tar: {DOUBT}"]
+
+
 # -- Hugging Face datasets --------------------------------------------------------------------------------------------
 
 
