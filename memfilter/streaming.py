@@ -62,12 +62,14 @@ class OnlineFilter:
     of how many samples and for which reasons; each pass over the stream logs its own at INFO.
 
     At most `capacity` images, captions and samples are remembered each; those go first that were not met for longest,
-    so that what is repeated much stays.  A copy of a forgotten image passes.  A sample that comes again with the same
+    so that what is repeated much stays; an image with its caption and its sample takes about 700 bytes.  A copy of a
+    forgotten image passes.  A sample that comes again with the same
     bytes, as in the next epoch, is itself and keeps its verdict for as long as it is remembered; beyond that it is
     judged as new, and counted again.  A key that is repeated within a shard, which a run calls bad, looks the same.
 
     Each worker of a loader, and each rank, has a memory of its own and sees no shard but its own: copies in other
-    shards than its own stay unfound.  One worker that reads all shards finds them; so does a run.
+    shards than its own stay unfound.  One worker that reads all shards finds them; so does a run.  Workers that are
+    started anew in each epoch begin with what the stage holds in the main process; `persistent_workers=True` keeps them.
     """
 
     def __init__(
