@@ -69,7 +69,8 @@ class OnlineFilter:
 
     Each worker of a loader, and each rank, has a memory of its own and sees no shard but its own: copies in other
     shards than its own stay unfound.  One worker that reads all shards finds them; so does a run.  Workers that are
-    started anew in each epoch begin with what the stage holds in the main process; `persistent_workers=True` keeps them.
+    started anew in each epoch begin with what the stage holds in the main process, unless the loader is told
+    `persistent_workers=True`.
     """
 
     def __init__(
