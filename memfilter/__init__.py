@@ -11,6 +11,7 @@ from .config import Config
 from .errors import ConfigError, InputError, MemfilterError, ModelError, RunError, ShardError, WorkerError
 from .manifest import Manifest
 from .pipeline import generalise, rethreshold, run
+from .streaming import OnlineFilter
 from .thresholds import Threshold
 from .verification import verify
 
@@ -23,6 +24,7 @@ __all__ = [
     "Manifest",
     "MemfilterError",
     "ModelError",
+    "OnlineFilter",
     "RunError",
     "ShardError",
     "Threshold",

@@ -23,6 +23,7 @@ Found = tuple[Words, int]
 
 _PARTITION = 40  # what it costs to put a row into its bucket, in comparisons of two rows
 _SAMPLE = 96  # rows by which the bits of a bucket are judged
+_BLOCK = 4096  # rows in which near ones are counted before any is looked for
 _MOST_BITS = 13  # of a bucket's number: with more buckets, each write would miss the processor's caches
 
 
@@ -178,6 +179,25 @@ def _near_256(row: Words, others: Words, radius: int) -> int:
         if bits <= radius:
             near += bits + _popcount(r2 ^ others[j, 2]) + _popcount(r3 ^ others[j, 3]) <= radius
     return near
+
+
+@kernel
+def near(row: Words, others: Words, radius: int) -> Ends:
+    """Return, in their order, the places of all rows at most `radius` bits from this one."""
+    places, found = np.empty(4, np.int64), 0
+    for start in range(0, len(others), _BLOCK):
+        some = others[start : start + _BLOCK]
+        left = _near_64(row, some, radius) if len(row) == 1 else _near_256(row, some, radius)
+        j = -1
+        while left:
+            j += 1
+            if _distance(row, some[j]) <= radius:
+                left -= 1
+                if found == len(places):
+                    places = np.concatenate((places, np.empty_like(places)))
+                places[found] = start + j
+                found += 1
+    return places[:found]
 
 
 @kernel

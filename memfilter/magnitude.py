@@ -352,8 +352,8 @@ def eps_factor(prediction_type: str, alpha_bar: float) -> float:
 # -- kept warm --------------------------------------------------------------------------------------------------------
 
 
-def warm_scorer(model: ModelFiles, settings: Magnitude, device: str) -> Scorer:
-    """Return a run's scorer on a device, loaded by the first call of this process and kept for the next ones.
+def warm_scorer(model: ModelFiles, settings: Magnitude, device: str | None) -> Scorer:
+    """Return the scorer of these settings, loaded by the first call of this process and kept for the next ones.
 
     A process holds one; `release` gives its memory back.
     """
@@ -362,7 +362,7 @@ def warm_scorer(model: ModelFiles, settings: Magnitude, device: str) -> Scorer:
 
 
 @lru_cache(1)
-def _warm(model: ModelFiles, settings: Magnitude, device: str) -> Scorer:
+def _warm(model: ModelFiles, settings: Magnitude, device: str | None) -> Scorer:
     denoiser = load_denoiser(model, settings.dtype, device)
     if settings.compile:
         denoiser.compile()  # type: ignore[attr-defined]

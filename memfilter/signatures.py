@@ -6,13 +6,13 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ from .keeping import field_texts
 from .phash import phash_bits
 from .records import Shard, signature_schema
 from .shards import REMEDY, check_side_cars
-from .source import Member, Members, open_shard, printable_key, sample_uid
+from .source import Members, open_shard, printable_key, sample_uid
 from .store import done, read_note, write_table
 
 _BATCH = 256
@@ -222,6 +222,24 @@ def pdq(pixels: npt.NDArray[np.uint8]) -> bytes | None:
     return np.packbits(bits).tobytes() if quality > _LOWEST_QUALITY else None
 
 
+class Part(Protocol):
+    """What signing asks of a sample's member: `source.Member` has it, wherever else the sample may come from."""
+
+    key: bytes
+    suffix: str
+    kind: bytes
+    supported: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of its data."""
+        ...
+
+    def read(self) -> bytes:
+        """Return its data, asked for once at most."""
+        ...
+
+
 class Signer:
     """Turn the members of samples into rows of signatures, one by one, and the rows into a table, many at a time."""
 
@@ -238,11 +256,12 @@ class Signer:
         dim = self.encoder.dim if self.encoder else 0
         self.schema = signature_schema(dim, config.images.hash, config.images.json_fields)
 
-    def table(self, rows: list[dict[str, Any]]) -> pa.Table:
-        """Return the rows as a table, with what is computed of their small images: hash, blankness, embedding."""
+    def finish(self, rows: list[dict[str, Any]]) -> list[int]:
+        """Put into the good rows what is computed of their small images, many at a time; return where these rows are.
+
+        That is the perceptual hash, whether the image is blank, and its look where it is plain.
+        """
         good = [i for i, row in enumerate(rows) if "thumbnail" in row]
-        is_good = np.zeros(len(rows), bool)
-        is_good[good] = True
         small = np.stack([rows[i]["thumbnail"] for i in good]) if good else np.empty((0, 0, 0), np.uint8)
         if self.hasher:
             hashes = self._hashes([rows[i]["hashed"] for i in good])
@@ -253,6 +272,13 @@ class Signer:
             rows[i]["blank"] = is_blank
             if is_plain:
                 rows[i]["look"] = images.look(rows[i]["thumbnail"])
+        return good
+
+    def table(self, rows: list[dict[str, Any]]) -> pa.Table:
+        """Return the rows as a table, with what is computed of their small images: hash, blankness, embedding."""
+        good = self.finish(rows)
+        is_good = np.zeros(len(rows), bool)
+        is_good[good] = True
         columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in self.schema.names}
         if good:
             columns["thumbnail"] = [row["thumbnail"].tobytes() if "thumbnail" in row else None for row in rows]
@@ -277,7 +303,7 @@ class Signer:
             bits = np.stack([np.ravel(self.hasher._hash_algo(p)) for p in pixels])
         return [int.from_bytes(row.tobytes(), "big") for row in np.packbits(bits, axis=1)]
 
-    def read(self, shard: str, index: int, members: Iterator[Member]) -> tuple[bytes, dict[str, Any]]:
+    def read(self, shard: str, index: int, members: Iterable[Part]) -> tuple[bytes, dict[str, Any]]:
         """Return the sample's raw key and its row; a bad sample's row has the cause and nothing else."""
         key = b""
         image: bytes | None = None
