@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 _OTHER_TEXTS = ("prompt_2", "prompt_3", "prompt_embeds", "pooled_prompt_embeds")
-_NOT_BESIDE_EMBEDDINGS = ("prompt", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
+_NEGATIVE = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
 _LATEST = 500  # the timestep below which a delayed guidance begins without a minimum
 
 
@@ -210,7 +210,7 @@ def _optimised(
 def _with_embeddings(pipe: Any, call: dict[str, Any], first: _Pass, states: torch.Tensor, steps: Ints) -> Mitigated:
     """Draw images of embeddings in place of the first pass's own, with all else that it was given."""
     texts = call["prompt"]
-    given = {name: value for name, value in call.items() if name not in _NOT_BESIDE_EMBEDDINGS}
+    given = {name: value for name, value in call.items() if name not in ("prompt", *_NEGATIVE)}
     given |= {"num_images_per_prompt": 1, "prompt_embeds": states, "negative_prompt_embeds": first.states.chunk(2)[0]}
     if first.pooled is not None:
         negative, pooled = first.pooled.chunk(2)
@@ -399,7 +399,9 @@ def _prepared(prompts: str | Sequence[str], call: dict[str, Any]) -> tuple[list[
         raise ConfigError(f"{len(texts):,} prompts of which not each is a text; give one, or a list of some")
     if other := [name for name in ("prompt", *_OTHER_TEXTS) if call.get(name) is not None]:
         raise ConfigError(f"{other[0]} beside the prompts is not mitigated; give the prompts alone")
-    return texts, {**call, "prompt": texts}, len(texts) * int(call.get("num_images_per_prompt") or 1)
+    # for each, as the prompts are: Stable Diffusion's pipeline takes a text beside a text and a list beside a list
+    negative = {name: [call[name]] * len(texts) for name in _NEGATIVE if isinstance(call.get(name), str)}
+    return texts, {**call, **negative, "prompt": texts}, len(texts) * int(call.get("num_images_per_prompt") or 1)
 
 
 def _denoiser(pipe: Any) -> Any:
