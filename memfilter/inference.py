@@ -382,11 +382,11 @@ def _untouched(pipe: Any, generator: Any) -> Iterator[Any]:
         copy.set_state(one.get_state())
         return copy
 
-    devices = [pipe.device] if pipe.device.type == "cuda" else []
+    drawn_on = pipe._execution_device  # where the pipeline draws noise, also one whose models lie elsewhere
     shown = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**{**shown, "disable": True})
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng([drawn_on] if drawn_on.type == "cuda" else []):
             yield [copied(one) for one in generator] if isinstance(generator, list) else generator and copied(generator)
     finally:
         pipe.set_progress_bar_config(**shown)
