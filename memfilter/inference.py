@@ -148,9 +148,12 @@ def with_optimised_embeddings(
     """Draw images of embeddings that were moved from the prompts' until their magnitudes are under the target.
 
     AdamW, with torch's own weight decay, moves each image's embedding at x_T and the first timestep of the call's
-    schedule, in float32 whatever the pipeline's precision is.  An image whose magnitude is under its own target stops
-    before the update, and its embedding stays, while others go on; none is updated more than `steps` times, so that
-    `after` can be over the target.  The first row, that of the start token, and a pooled embedding never move.
+    schedule, in float32 whatever the pipeline's precision is.  The learning rate is the paper's, for Stable Diffusion
+    1: a model of much smaller embeddings needs a higher one to get as far.
+
+    An image whose magnitude is under its own target stops before the update, and its embedding stays, while others go
+    on; none is updated more than `steps` times, so that `after` can be over the target.  The first row, that of the
+    start token, and a pooled embedding never move.
 
     `target` is one number, or one for each prompt.  A threshold that `memfilter run` found fits where the pipeline is
     the run's model and the first timestep that of 50 steps; `magnitudes` of ordinary prompts tell for any call.  The
@@ -228,7 +231,8 @@ def with_delayed_guidance(
     """Draw images with a guidance of 1 at first, and with the call's own from a timestep on.
 
     That is the first timestep under `below`, or, where it is None, the one after the first local minimum of each
-    image's magnitude, at the latest the first under 500.  The paper's fixed timesteps are 500 to 650.
+    image's magnitude, at the latest the first under 500; a magnitude that rises from the start has its minimum there.
+    The paper's fixed timesteps are 500 to 650.
 
     No pass of the model is added.  `before` is the magnitude at the first step, `after` that where guidance begins, NaN
     where it never does, and `steps` counts the steps before.  Raises ConfigError and ModelError as
