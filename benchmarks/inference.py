@@ -14,7 +14,7 @@ of them, this model 32 x 96, and 0.05 there is 0.22 here.  So 0.2 stands beside 
 
 `likeness_to_plain` is the correlation with the image that the same noise gives without mitigation.  Seconds are the
 process's own for all images of a mitigation, in one round, and its cost is relative to none; on a busy machine a fifth
-of it is chance.  The model's tokenizer lacks the last digit of most numbers, and has its unknown token there.
+of it is chance.  The model takes 32 tokens, and each digit is one: some insertions push a caption's end beyond them.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def vocabulary(tokenizer: Any) -> list[str]:
 
 def insert_tokens(caption: str, tokens: Sequence[str], random: np.random.Generator, count: int = 2) -> str:
     """Return the caption with so many of a `vocabulary`, each drawn uniformly, in it (RT)."""
-    return _insert(caption, lambda: tokens[random.integers(len(tokens))], random, count)
+    return _insert(caption, lambda: tokens[int(random.integers(len(tokens)))], random, count)
 
 
 def insert_numbers(caption: str, random: np.random.Generator, count: int = 2, below: int = 100_000) -> str:
