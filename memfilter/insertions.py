@@ -46,7 +46,7 @@ def repeat_words(caption: str, random: np.random.Generator, count: int = 2) -> s
     One without a word stays as it is.
     """
     words = caption.split()
-    return _insert(caption, lambda: words[random.integers(len(words))], random, count) if words else caption
+    return _insert(caption, lambda: words[int(random.integers(len(words)))], random, count) if words else caption
 
 
 def random_caption(tokens: Sequence[str], random: np.random.Generator, count: int = 4) -> str:
