@@ -14,7 +14,7 @@ def test_every_public_name_is_there() -> None:
 
 def test_importing_loads_no_model_library_and_configures_no_logging() -> None:
     code = (
-        "import sys, logging, memfilter\n"
+        "import sys, logging, memfilter, memfilter.inference\n"
         "print([m for m in ('torch', 'diffusers', 'transformers', 'imagededup') if m in sys.modules])\n"
         "print(logging.getLogger().handlers)"
     )

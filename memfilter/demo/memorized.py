@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +70,21 @@ def pixels(data: bytes) -> Pixels:
 
 def generate(model: Path, captions: list[str], seed: int = 0) -> Pixels:
     """Return one generation a caption, float32 (N, 3, 16, 16), by 10 guided DDIM steps from seeded noise."""
+    drawn = load_pipeline(model)(captions, **sampling(len(captions), seed))
+    result: Pixels = drawn.images.clamp(-1, 1).numpy()
+    return result
+
+
+def sampling(count: int, seed: int = 0) -> dict[str, Any]:
+    """Return what `generate` gives the pipeline beside so many captions."""
     import torch
+
+    noise = torch.randn((count, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(seed))
+    return {"latents": noise, "num_inference_steps": _STEPS, "guidance_scale": _GUIDANCE, "output_type": "latent"}
+
+
+def load_pipeline(model: Path) -> Any:
+    """Return the diffusers pipeline in a folder, in float32, whose latents are the pixels."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -85,10 +100,7 @@ def generate(model: Path, captions: list[str], seed: int = 0) -> Pixels:
             requires_safety_checker=False,
         )
     pipe.set_progress_bar_config(disable=None, desc="generations", unit="step")
-    noise = torch.randn((len(captions), 3, SIDE, SIDE), generator=torch.Generator().manual_seed(seed))
-    drawn = pipe(captions, latents=noise, num_inference_steps=_STEPS, guidance_scale=_GUIDANCE, output_type="latent")
-    result: Pixels = drawn.images.clamp(-1, 1).numpy()
-    return result
+    return pipe
 
 
 def likeness(a: Pixels, b: Pixels) -> Pixels:
