@@ -42,7 +42,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("images"))
     args = parser.parse_args()
-    pipe = DiffusionPipeline.from_pretrained(args.pipeline)
+    pipe = DiffusionPipeline.from_pretrained(args.pipeline, use_safetensors=True)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     found = sample(pipe, args.prompts, args.mitigation, args.target, args.seed, args.steps)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ parser.add_argument("tuned", help="folder for the fine-tuned pipeline")
 parser.add_argument("--steps", type=int, default=4)
 args, accelerator = parser.parse_args(), Accelerator(gradient_accumulation_steps=2)
 torch.manual_seed(accelerator.process_index)  # noise of its own
-pipe = StableDiffusionPipeline.from_pretrained(args.pipeline).to(accelerator.device)
+pipe = StableDiffusionPipeline.from_pretrained(args.pipeline, use_safetensors=True).to(accelerator.device)
 unet, optimizer = accelerator.prepare(pipe.unet.train(), torch.optim.AdamW(pipe.unet.parameters(), 1e-5))
 loss_of = MaskedLoss(scheduler := DDPMScheduler.from_config(pipe.scheduler.config), snr_gamma=5.0)
 data = batches(pipe, args.run, size=2)  # not prepared: each process reads shards of its own

@@ -41,7 +41,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args()
     torch.manual_seed(0)
-    pipe = StableDiffusionPipeline.from_pretrained(args.pipeline, safety_checker=None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline.from_pretrained(args.pipeline, use_safetensors=True)
     optimizer = torch.optim.AdamW(pipe.unet.train().parameters(), 1e-5)
     loss_of = training.MaskedLoss(DDPMScheduler.from_config(pipe.scheduler.config))
     changes = training.MultipleCaptions(), training.RandomTokens(vocabulary(pipe.tokenizer), args.tokens)

@@ -33,7 +33,10 @@ COMMANDS = {  # every example, in how many processes it is run and with what; {o
     "train_with_accelerate.py": (2, "{pipeline} {run} {out}/tuned"),
     "train_with_manifest.py": (1, "{run}"),
 }
-ELSEWHERE = {"train_with_mitigations.py": "test_mitigation_examples.py"}  # and the file that runs it
+ELSEWHERE = {  # and the file that runs it
+    "sample_safely.py": "test_inference_examples.py",
+    "train_with_mitigations.py": "test_mitigation_examples.py",
+}
 Printed = Callable[[str], list[str]]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
