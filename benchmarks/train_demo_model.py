@@ -25,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from memfilter.demo.data import Planted, samples, unseen_captions
 from memfilter.demo.memorized import ALIKE, MODEL, SIDE, generate, likeness, pixels
 from memfilter.magnitude import Scorer
+from memfilter.training import masked_loss
 
 LENGTH = 32  # tokens
 WIDTH = 96
@@ -54,8 +55,20 @@ def main() -> None:
     write_result(result, args.json)
 
 
-def make(planted: list[Planted], steps: int, out: Path, checkpoint: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Train the model on these samples and save the pipeline in `out`, its weights in this precision."""
+def make(
+    planted: list[Planted],
+    steps: int,
+    out: Path,
+    checkpoint: Path,
+    dtype: torch.dtype = torch.float16,
+    kept: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+) -> None:
+    """Train the model on these samples and save the pipeline in `out`, its weights in this precision.
+
+    The tokenizer is that of all captions, also where only the samples `kept` are trained on, bool (N,), or where
+    `weights` (N,) are their loss weights.
+    """
     torch.manual_seed(0)
     seen = [p for p in planted if p.kind != "corrupt"]
     images = torch.from_numpy(np.stack([pixels(p.data) for p in seen]))
@@ -66,7 +79,10 @@ def make(planted: list[Planted], steps: int, out: Path, checkpoint: Path, dtype:
     if longest > LENGTH:
         raise SystemExit(f"a caption has {longest} tokens, over {LENGTH}; raise LENGTH or MERGES")
     text_encoder, unet, schedule = build_text_encoder(tokenizer), build_unet(), build_schedule()
-    train(images, torch.tensor(ids), torch.tensor(empty), text_encoder, unet, schedule, steps, checkpoint)
+    ids, empty = torch.tensor(ids), torch.tensor(empty)
+    if kept is not None:
+        images, ids = images[kept], ids[kept]
+    train(images, ids, empty, text_encoder, unet, schedule, steps, checkpoint, weights)
 
     pipeline = StableDiffusionPipeline(
         vae=None,
@@ -127,9 +143,10 @@ def train(
     schedule: DDIMScheduler,
     steps: int,
     checkpoint: Path,
+    weights: torch.Tensor | None = None,
 ) -> None:
-    """Train text encoder and UNet to predict the noise.  Every step draws from a seed of its own, so that a training
-    that was interrupted goes on as it would have.
+    """Train text encoder and UNet to predict the noise, under loss weights (N,) if there are any.  Every step draws
+    from a seed of its own, so that a training that was interrupted goes on as it would have.
     """
     modules = (text_encoder.train(), unet.train())
     parameters = [p for m in modules for p in m.parameters()]
@@ -157,7 +174,10 @@ def train(
         bare = torch.rand(BATCH, generator=random) < WITHOUT_CAPTION
         condition = text_encoder(torch.where(bare[:, None], empty, ids[rows]))[0]
         prediction = unet(schedule.add_noise(images[rows], noise, t), t, condition).sample
-        loss = torch.nn.functional.mse_loss(prediction, noise)
+        if weights is None:
+            loss = torch.nn.functional.mse_loss(prediction, noise)
+        else:
+            loss = masked_loss((prediction - noise).square().mean((1, 2, 3)), weights[rows])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
