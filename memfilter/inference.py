@@ -53,8 +53,8 @@ class Mitigated:
 def magnitudes(pipe: Any, prompts: str | Sequence[str], **call: Any) -> Floats:
     """Return the magnitudes (N,) of the prompts at the first step of this call, which goes no further.
 
-    A high quantile of those of ordinary prompts is a target for `with_optimised_embeddings`.  Generators are left as
-    they are.  Raises ConfigError and ModelError as that does.
+    All are in one batch: give many in parts.  A high quantile of those of ordinary prompts is a target for
+    `with_optimised_embeddings`.  Generators are left as they are.  Raises ConfigError and ModelError as that does.
     """
     texts, call, images = _prepared(prompts, call)
     return _first_step(pipe, call, images).magnitudes(texts)
@@ -104,7 +104,7 @@ def with_embedding_noise(
     """
     import torch
 
-    if not scale >= 0:
+    if not 0 <= scale < float("inf"):
         raise ConfigError(f"noise of scale {scale}; give one of 0 or more (the paper's is 0.1)")
     texts, call, images = _prepared(prompts, call)
     first = _first_step(pipe, call, images)
@@ -167,6 +167,8 @@ def with_optimised_embeddings(
     targets = np.atleast_1d(np.asarray(target, np.float32))
     if targets.shape not in ((1,), (len(texts),)) or not (np.isfinite(targets) & (targets > 0)).all():
         raise ConfigError(f"the target {target} for {len(texts):,} prompts; give a number over 0, or one for each")
+    if not 0 < learning_rate < 1 or steps < 0:
+        raise ConfigError(f"learning_rate={learning_rate}, steps={steps}: above 0 and below 1, and 0 or more")
     first = _first_step(pipe, call, images)
     first.magnitudes(texts)  # finite ones
     each = np.repeat(targets, images // len(targets))
@@ -387,13 +389,14 @@ def _untouched(pipe: Any, generator: Any) -> Iterator[Any]:
         return copy
 
     drawn_on = pipe._execution_device  # where the pipeline draws noise, also one whose models lie elsewhere
-    shown = getattr(pipe, "_progress_bar_config", {})
+    shown, interrupted = getattr(pipe, "_progress_bar_config", {}), getattr(pipe, "_interrupt", False)
     pipe.set_progress_bar_config(**{**shown, "disable": True})
     try:
         with torch.random.fork_rng([drawn_on] if drawn_on.type == "cuda" else []):
             yield [copied(one) for one in generator] if isinstance(generator, list) else generator and copied(generator)
     finally:
         pipe.set_progress_bar_config(**shown)
+        pipe._interrupt = interrupted
 
 
 def _prepared(prompts: str | Sequence[str], call: dict[str, Any]) -> tuple[list[str], dict[str, Any], int]:
@@ -403,6 +406,7 @@ def _prepared(prompts: str | Sequence[str], call: dict[str, Any]) -> tuple[list[
         raise ConfigError(f"{len(texts):,} prompts of which not each is a text; give one, or a list of some")
     if other := [name for name in ("prompt", *_OTHER_TEXTS) if call.get(name) is not None]:
         raise ConfigError(f"{other[0]} beside the prompts is not mitigated; give the prompts alone")
+    call = {name: value for name, value in call.items() if value is not None}  # as if it were not given
     # for each, as the prompts are: Stable Diffusion's pipeline takes a text beside a text and a list beside a list
     negative = {name: [call[name]] * len(texts) for name in _NEGATIVE if isinstance(call.get(name), str)}
     return texts, {**call, **negative, "prompt": texts}, len(texts) * int(call.get("num_images_per_prompt") or 1)

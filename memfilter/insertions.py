@@ -17,8 +17,13 @@ def seeded(seed: int, *names: int | str | bytes) -> np.random.Generator:
     """Return a generator that depends on the seed and the names alone, and is another for every other of them."""
     digest = hashlib.blake2b(digest_size=16)
     for name in (seed, *names):
-        data = name if isinstance(name, bytes) else str(name).encode("utf-8", "surrogateescape")
-        digest.update(b"%s %d:%s" % (type(name).__name__.encode(), len(data), data))
+        if isinstance(name, bytes):
+            kind, data = b"bytes", name
+        elif isinstance(name, str):
+            kind, data = b"str", name.encode("utf-8", "surrogateescape")
+        else:
+            kind, data = b"int", b"%d" % int(name)  # whatever library's integer it is
+        digest.update(b"%s %d:%s" % (kind, len(data), data))
     return np.random.default_rng(int.from_bytes(digest.digest(), "big"))
 
 

@@ -390,6 +390,13 @@ def test_a_delay_adds_no_pass(sd: Any) -> None:
     assert len(passes) == STEPS
 
 
+def test_what_is_given_as_none_is_not_given(pipes: dict[str, Any]) -> None:
+    nothing = {"guidance_scale": None, "negative_prompt": None}
+    found = magnitudes(pipes["sd"], PROMPTS, **{**call(), **nothing})
+    assert found.tolist() == magnitudes(pipes["sd"], PROMPTS, **call()).tolist()
+    assert not pipes["sd"].interrupt
+
+
 # -- what cannot be done ----------------------------------------------------------------------------------------------
 
 
@@ -403,6 +410,9 @@ def test_what_cannot_be_mitigated_is_refused_in_one_line(pipes: dict[str, Any]) 
         (with_random_numbers, sd, PROMPTS, call(guidance_scale=0.5), "give a guidance_scale over 1"),
         (with_random_numbers, sd, PROMPTS, {"count": 0}, "0 insertions in a prompt"),
         (with_embedding_noise, sd, PROMPTS, {"scale": float("nan")}, "noise of scale nan"),
+        (with_embedding_noise, sd, PROMPTS, {"scale": float("inf")}, "noise of scale inf"),
+        (optimised, sd, PROMPTS, {"target": 1, "learning_rate": -1}, "learning_rate=-1, steps=10: above 0"),
+        (optimised, sd, PROMPTS, {"target": 1, "steps": -1}, "learning_rate=0.05, steps=-1: above 0"),
         (with_embedding_noise, sd, [], {}, "0 prompts of which not each is a text"),
         (with_embedding_noise, sd, ["a", None], {}, "2 prompts of which not each is a text"),
         (with_repeated_words, pipes["sdxl"], "a", {"prompt_2": "b"}, "prompt_2 beside the prompts is not mitigated"),

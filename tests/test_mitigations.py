@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -173,6 +174,13 @@ def test_what_cannot_be_obeyed_is_told_in_one_line(make: Callable[[], object], m
 # -- seeds ------------------------------------------------------------------------------------------------------------
 
 
+def test_an_integer_of_any_library_is_that_integer() -> None:
+    for one in (np.int64(7), torch.tensor(7)):
+        assert sample_seed(0, one, "a") == sample_seed(0, 7, "a") != sample_seed(0, 7, b"a")  # type: ignore[arg-type]
+        stage = Mitigation(RandomTokens(TOKENS, 1))
+        assert stage.change("a photo", one) == stage.change("a photo", 7)  # type: ignore[arg-type]
+
+
 def test_a_sample_has_another_seed_in_each_epoch_and_none_of_another_samples() -> None:
     seeds = [sample_seed(s, epoch, f"{i}") for s in range(3) for epoch in range(3) for i in range(200)]
     assert len({*seeds}) == len(seeds)
@@ -309,6 +317,21 @@ def test_workers_draw_the_same_in_every_epoch(
     assert rows(loader) == expected[2]
     stage.set_epoch(1)  # as a training does that goes on
     assert rows(loader) == expected[1]
+
+
+def test_a_look_at_the_data_before_the_loader_moves_no_workers_epoch(run: Manifest, expected: list[list[Row]]) -> None:
+    data, _ = stream(run)
+    next(iter(data))
+    assert rows(torch.utils.data.DataLoader(data, batch_size=None, num_workers=2)) == expected[0]
+
+
+def test_a_stream_without_an_end_draws_anew_where_its_first_sample_comes_again(run: Manifest) -> None:
+    shards = shards_of(run.path / "shards")
+    data = wds.WebDataset(shards, resampled=True).compose(Mitigation(RandomTokens(TOKENS, 1), seed=3)).map(entry)
+    seen = Counter((key, seed) for _, key, _, seed in itertools.islice(data, 600))
+    keys = Counter(key for key, _ in seen)
+    assert min(keys.values()) > 3  # seeds of one key
+    assert max(seen.values()) < 60
 
 
 def test_a_stream_that_repeats_counts_its_passes(run: Manifest, expected: list[list[Row]]) -> None:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 Change = Callable[[str, Sequence[str], np.random.Generator], str]
 """What makes a caption of a caption, the sample's pool (empty for none) and a generator of its own."""
 
-_WORKERS = 4096  # of one data loader, at most
+_WORKERS = 4096  # of one data loader, at most; the main process is one more
 
 
 class MultipleCaptions:
@@ -136,14 +136,16 @@ class Mitigation:
     its shard's base name, its key and its caption.  The draws of one kind of change do not depend on the others.
 
     Each pass over the data is an epoch, counted from 0 for each worker, in memory that the workers of a DataLoader
-    share; so a stage belongs to one loader.  `set_epoch` before a pass sets its number, as when a training goes on.
+    share; so a stage belongs to one loader, with one number of workers.  In a stream that never ends, of resampled
+    shards, an epoch ends where the first sample of it comes again.  `set_epoch` before a pass sets its number, as when
+    a training goes on.
     """
 
     def __init__(self, *changes: Change, seed: int = 0, caption: str = "txt") -> None:
         kinds = [getattr(change, "__name__", type(change).__name__) for change in changes]
         self.changes = [(f"{kind} {kinds[:i].count(kind)}", changes[i]) for i, kind in enumerate(kinds)]
         self.seed, self.caption = seed, caption
-        self._passes = torch.zeros(_WORKERS, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._passes = torch.zeros(_WORKERS + 1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next pass over the data that of this epoch, in every worker, persistent ones too."""
@@ -163,32 +165,46 @@ class Mitigation:
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Yield every sample, its caption changed and its seed set; raises ConfigError for one without a caption."""
         worker = torch.utils.data.get_worker_info()
-        place = 0 if worker is None else worker.id
-        epoch = int(self._passes[place])
-        self._passes[place] += 1
-        seen, pooled = 0, 0
+        place = 0 if worker is None else worker.id + 1
+        epoch, first, seen, pooled = self._next_epoch(place), None, 0, 0
         for sample in samples:
             if "__key__" in sample:  # webdataset marks the end of a shard by an empty sample
-                self._mitigate(sample, epoch)
+                name = (*_place(sample), self._text(sample))
+                if name == first:
+                    epoch = self._next_epoch(place)
+                first = first or name
+                self._mitigate(sample, sample_seed(self.seed, epoch, *name), name[-1])
                 seen, pooled = seen + 1, pooled + ("captions" in sample)
             yield sample
         if seen and not pooled and any(isinstance(c, MultipleCaptions | GeneralCaption) for _, c in self.changes):
             log.warning("none of %d samples has a pool of captions; take attach(captions='pool')", seen)
 
-    def _mitigate(self, sample: dict[str, Any], epoch: int) -> None:
+    def _next_epoch(self, place: int) -> int:
+        epoch = int(self._passes[place])
+        self._passes[place] += 1
+        return epoch
+
+    def _text(self, sample: dict[str, Any]) -> str:
         text = sample.get(self.caption)
         if not isinstance(text, str | bytes):
             raise ConfigError(
                 f"sample {sample['__key__']!r} has no text in {self.caption!r}: name the member that holds captions "
                 "with Mitigation(caption=...), or set it to the empty caption before"
             )
-        own = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-        shard = str(sample.get("__url__", "")).split("?")[0].split("#")[0].rsplit("/", 1)[-1]
-        seed = sample["seed"] = sample_seed(self.seed, epoch, shard, sample["__key__"], own)
+        return text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+
+    def _mitigate(self, sample: dict[str, Any], seed: int, own: str) -> None:
+        sample["seed"] = seed
         pool = sample.get("captions") or ()
         made = self.change(own, seed, pool) if sample.get("mitigate", True) else _passing(own, pool, seed)
         if made != own:
-            sample[self.caption] = made.encode() if isinstance(text, bytes) else made
+            sample[self.caption] = made.encode() if isinstance(sample[self.caption], bytes) else made
+
+
+def _place(sample: dict[str, Any]) -> tuple[str, str]:
+    """Return the base name of a sample's shard, and its key."""
+    url = str(sample.get("__url__", ""))
+    return url.split("?")[0].split("#")[0].rsplit("/", 1)[-1], sample["__key__"]
 
 
 def _passing(caption: str, pool: Sequence[str], seed: int) -> str:

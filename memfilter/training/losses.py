@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..errors import ConfigError
@@ -71,7 +73,9 @@ def harmless(tensor: torch.Tensor, loss_weight: torch.Tensor) -> torch.Tensor:
     return torch.where(wide(_trained(loss_weight), tensor.ndim), tensor, 0)
 
 
-def check_finite(per_sample_loss: torch.Tensor, loss_weight: torch.Tensor, keys: Sequence[str] | None = None) -> None:
+def check_finite(
+    per_sample_loss: torch.Tensor, loss_weight: torch.Tensor, keys: Sequence[str] | npt.NDArray[np.str_] | None = None
+) -> None:
     """Raise ValueError for a loss (B,) that is NaN or infinite in a sample that trains, and name it by its key.
 
     It makes the host wait for the device: call it where a step's loss is not finite, or once in a while.
@@ -80,16 +84,16 @@ def check_finite(per_sample_loss: torch.Tensor, loss_weight: torch.Tensor, keys:
     wrong = (~per_sample_loss.isfinite() & trained).nonzero()[:, 0].tolist()
     if not wrong:
         return
-    name = f"sample {wrong[0]} in the batch" if keys is None else f"sample {keys[wrong[0]]!r}"
+    name = f"sample {wrong[0]} in the batch" if keys is None else f"sample '{keys[wrong[0]]}'"
     if len(wrong) == int(trained.sum()):
-        remedy = "so are all others that train: look at the weights and the learning rate"
+        remedy = "no sample that trains has a finite one: look at the weights and the learning rate"
     else:
         remedy = (
             "others are finite, so its image or caption overflows the precision: run autoencoder and denoiser in "
             "bfloat16 or float32, or give it loss_weight 0"
         )
     raise ValueError(
-        f"the loss of {name} ({len(wrong)} of {len(keys or trained)}) is {per_sample_loss[wrong[0]].item()}; {remedy}"
+        f"the loss of {name} ({len(wrong)} of {len(trained)}) is {per_sample_loss[wrong[0]].item()}; {remedy}"
     )
 
 
