@@ -99,9 +99,11 @@ def masked_run(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     pictures = [*range(12), 0, 1, 2]
     # of two equal pictures the one with the longer caption is kept: the first
     captions = ["a " + "very " * (20 - i) + "small picture" for i in range(len(pictures))]
-    members = [m for i, p in enumerate(pictures) for m in sample(f"{i:02}", encoded(picture(p)), captions[i])]
-    members += sample("broken", b"\xff\xd8\xff", "no picture")
-    write_tar(folder / "data" / "00000.tar", members[:16])
-    write_tar(folder / "data" / "00001.tar", members[16:])
+    members = [
+        m for i, p in enumerate(pictures) for m in sample(f"{i:02}", encoded(picture(p)), captions[i], json=b"{}")
+    ]
+    members += sample("broken", b"\xff\xd8\xff", "no picture", json=b"{}")
+    write_tar(folder / "data" / "00000.tar", members[:24])
+    write_tar(folder / "data" / "00001.tar", members[24:])
     config = memfilter.Config.parse({"images": {"encoder": None}, "policy": {"image_duplicate": "mask"}})
     return memfilter.run([str(folder / "data")], folder / "run", config, workers=1)

@@ -183,7 +183,7 @@ def test_the_loss_in_one_call_is_that_of_the_scripts_lines(snr_gamma: float | No
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
 def test_prior_preservation(snr_gamma: float | None, prior: bool) -> None:
-    (change,) = changes("Prior preservation")
+    _, change = changes("Prior preservation")
     assert_obeyed(Loop("sdxl", "epsilon", snr_gamma), change, prior)
 
 
@@ -245,14 +245,36 @@ def test_rows_of_a_hugging_face_data_set_carry_their_weights(
     assert batch["pixel_values"].shape == (15, 3, 16, 16)
     assert batch["loss_weight"].tolist() == [1.0] * 12 + [0.0] * 3
     assert batch["loss_weight"].dtype == torch.float32
-    # SDXL
-    embedded, encoded = data.add_column("prompt_embeds", [1] * 15), data.add_column("model_input", [2] * 15)
-    names = {"train_dataset_with_embeddings": embedded, "train_dataset_with_vae": encoded}
+    # SDXL: what is stored has the weights of another manifest
+    stored = data.remove_columns("loss_weight").add_column("loss_weight", [1.0] * 15)
+    embedded, encoded = stored.add_column("prompt_embeds", [1] * 15), stored.add_column("model_input", [2] * 15)
+    names = {"train_dataset_with_embeddings": embedded, "train_dataset_with_vae": encoded, "dataset": {"train": data}}
     names["concatenate_datasets"] = datasets.concatenate_datasets
     joined = executed(join, "+", names)["precomputed_dataset"]
-    assert joined.column_names == ["image", "text", "loss_weight", "prompt_embeds", "model_input"]
+    assert joined.column_names == ["image", "text", "prompt_embeds", "model_input", "loss_weight"]
+    assert joined["loss_weight"][:] == data["loss_weight"][:]
     with pytest.raises(ValueError, match="duplicated"):
         executed(join, "-", names)
+
+
+@pytest.mark.parametrize("prior", [False, True])
+def test_dreambooths_examples_carry_their_weights(prior: bool) -> None:
+    change, _ = changes("Prior preservation")
+    stays = (
+        "images = [image for image in dataset['train']['image'] for _ in range(repeats)]; "
+        "self.instance_images, self.num_instance_images = images, len(images)",
+        "example = {'instance_images': self.instance_images[index % self.num_instance_images], 'class_images': index}",
+        "images = [example['instance_images'] for example in examples]",
+        "images += [example['class_images'] for example in examples]",
+        "batch = {'images': images}",
+    )
+    dataset = {"train": {"image": ["a", "b", "c"], "loss_weight": [1.0, 0.0, 0.5]}}
+    made = executed(change, "+", {"Dataset": torch.utils.data.Dataset, "dataset": dataset}, stays)
+    data = made["DreamBoothDataset"](repeats=2)
+    batch = made["collate_fn"]([data[i] for i in (0, 2, 3, 4, 6)], with_prior_preservation=prior)
+    assert batch["images"][:5] == ["a", "b", "b", "c", "a"]
+    assert batch["loss_weight"].tolist() == [1.0, 0.0, 0.0, 0.5, 1.0, *([1.0] * 5 if prior else [])]
+    assert len(batch["loss_weight"]) == len(batch["images"])
 
 
 def shard_pipeline(change: str, side: str, shards: list[str]) -> Any:
