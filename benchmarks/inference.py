@@ -12,9 +12,11 @@ AdamW changes each number of an embedding by about the learning rate.  Of a line
 norm such a step changes the value by an amount that grows with the root of the numbers: Stable Diffusion 1 has 77 x 768
 of them, this model 32 x 96, and 0.05 there is 0.22 here.  So 0.2 stands beside the paper's 0.05.
 
-`likeness_to_plain` is the correlation with the image that the same noise gives without mitigation.  Seconds are the
-process's own for all images of a mitigation, in one round, and its cost is relative to none; on a busy machine a fifth
-of it is chance.  The model takes 32 tokens, and each digit is one: some insertions push a caption's end beyond them.
+`likeness_to_plain` is the correlation with the image that the same noise gives without mitigation.  A mitigation's cost
+is its time by that of none, the process's own: the median over rounds in which all take turns on the same few captions,
+after one that warms up.  The model takes 32 tokens, and each digit is one: some insertions push a caption's end beyond
+them.  This model needs no guidance to draw its pairs again, as "never guided" shows: its images tell nothing of delayed
+guidance.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ from memfilter.records import Floats, Ints
 
 CAPTIONS = 50
 """Of each kind."""
+ROUNDS, TIMED = 5, 16
+"""Of costs, and the captions of each kind that they are measured on."""
 REFERENCE = 200
 """Further captions seen once, from which the targets are taken."""
 NONE = "none"
@@ -72,6 +76,7 @@ def mitigations(target: float, median: float) -> dict[str, Mitigation]:
         "optimised, learning rate 0.2": partial(optimised, learning_rate=0.2),
         "optimised, learning rate 0.2, to the median": partial(optimised, learning_rate=0.2, target=median),
         "delayed guidance, to the first minimum": inference.with_delayed_guidance,
+        "never guided": partial(inference.with_delayed_guidance, below=0),
         "delayed guidance, to timestep 650": partial(inference.with_delayed_guidance, below=650),
     }
 
@@ -86,6 +91,7 @@ def evaluate(
     pairs: dict[str, list[Planted]],
     reference: list[str],
     only: tuple[str, ...] | None = None,
+    rounds: int = ROUNDS,
 ) -> dict[str, Any]:
     """Return the figures as JSON, of all the mitigations or of some beside none."""
     pipe = load_pipeline(model)
@@ -94,20 +100,17 @@ def evaluate(
     target, median = threshold_at_fpr(unmemorized, RATE), float(np.median(unmemorized))
     captions = {kind: [p.caption for p in own] for kind, own in pairs.items()}
     pictures = {kind: np.stack([pixels(p.data) for p in own]) for kind, own in pairs.items()}
+    wanted = {n: m for n, m in mitigations(target, median).items() if n == NONE or only is None or n in only}
+    cost = costs(pipe, wanted, [c for own in captions.values() for c in own[:TIMED]], rounds)
     plain: dict[str, Pixels] = {}
     figures: dict[str, Any] = {}
-    for name, mitigation in mitigations(target, median).items():
-        if name != NONE and only is not None and name not in only:
-            continue
-        started = time.process_time()
+    for name, mitigation in wanted.items():
         drawn = {kind: mitigation(pipe, own, **sampling(len(own))) for kind, own in captions.items()}
-        seconds = time.process_time() - started
         images = {kind: one.output.images.clamp(-1, 1).numpy() for kind, one in drawn.items()}
         plain = plain or images
         limit = median if name.endswith("median") else target
         figures[name] = {
-            "seconds": round(seconds, 1),
-            "cost": round(seconds / figures[NONE]["seconds"], 2) if figures else 1.0,
+            "cost": cost[name],
             "kinds": {
                 kind: {
                     "drawn_again": int((likeness(images[kind], pictures[kind]) > ALIKE).sum()),
@@ -133,8 +136,22 @@ def evaluate(
     }
 
 
-def spread(values: Floats | Ints) -> list[float]:
-    """Return the least, the median and the greatest."""
+def costs(pipe: Any, wanted: dict[str, Mitigation], captions: list[str], rounds: int) -> dict[str, list[float] | None]:
+    """Return of each mitigation's time by that of none the least, the median and the greatest over the rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in wanted}
+    for _ in range(rounds + 1):
+        for name, mitigation in wanted.items():
+            started = time.process_time()
+            mitigation(pipe, captions, **sampling(len(captions)))
+            seconds[name].append(time.process_time() - started)
+    none = np.array(seconds[NONE][1:])
+    return {name: spread(np.array(own[1:]) / none) for name, own in seconds.items()}
+
+
+def spread(values: Floats | Ints) -> list[float] | None:
+    """Return the least, the median and the greatest; None where there is none."""
+    if np.isnan(values).all():
+        return None
     return [round(float(x), 3) for x in np.quantile(values, (0, 0.5, 1))]
 
 
