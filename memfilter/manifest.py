@@ -371,9 +371,10 @@ class Manifest:
     ) -> Collate:
         """Return a function that makes a batch as `collate_fn` does, with its `loss_weight`, a float32 tensor (B,).
 
-        Samples carry their `loss_weight`, or are looked up as by `weigh`, the whole batch at once.  `collate_fn`, by
-        default torch's own, gets them without the weight and without the names of shard and key: a batch with texts
-        in it fails in accelerate with more than one process.  `missing` and `pipes` are those of `attach`.
+        Either all samples of a batch carry their `loss_weight`, or they are looked up as by `weigh`, all at once;
+        raises ConfigError where only some carry one.  `collate_fn`, by default torch's own, gets them without the
+        weight and without the names of shard and key: a batch with texts in it fails in accelerate with more than one
+        process.  `missing` and `pipes` are those of `attach`.
         """
         from .loader import Collate
 
