@@ -129,13 +129,14 @@ def verify(directory: Path) -> None:
 @cli.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--to", required=True, type=click.Choice(["datacomp", "energon", "keys", "open_clip"]))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The file to write.")
-def export(directory: Path, to: str, out: Path) -> None:
+@click.option("--out", required=True, type=click.Path(), help="The file to write.")
+def export(directory: Path, to: str, out: str) -> None:
     """Write what trains, by the manifest in a run's DIRECTORY, as another loader reads it.
 
     \b
     datacomp   a .npy of sorted uids for its resharder
-    energon    a split.yaml that excludes what does not train
+    energon    a split.yaml that excludes what does not train, for ROOT/.nv-meta,
+               where ROOT is the run's input root (input.root sets another)
     keys       a text file: shard, tab, key
     open_clip  the sizes.json of the filtered shards
     """
@@ -145,6 +146,11 @@ def export(directory: Path, to: str, out: Path) -> None:
     manifest = Manifest.load(directory)
     count = write(manifest, to, out)
     click.echo(f"{out}: {count} of {manifest.counts['read']} samples train")
+    if to == "energon":
+        root = manifest.root or "ROOT"
+        click.echo(
+            f"it belongs in {root}/.nv-meta: the run's input root is {root}; another needs a run with input.root"
+        )
 
 
 @cli.command()

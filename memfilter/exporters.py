@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from .errors import ConfigError, InputError
 from .manifest import Manifest
 from .records import voids
+from .shards import SCHEME, TAR_SUFFIXES
 from .source import sample_uid
 from .store import canonical, replacing
 
@@ -25,27 +26,44 @@ from .store import canonical, replacing
 def export(manifest: Manifest, to: str, path: str | Path) -> int:
     """Write the file of the exporter named `to` and return how many samples train.
 
-    What stands at `path` is replaced when the new file is whole.  Raises ConfigError for an exporter that does not
-    exist or does not fit the run, and for a path inside the run directory or of a file among the input.
+    What stands at `path`, or where it links to, is replaced when the new file is whole.  Raises ConfigError for an
+    exporter that does not exist or does not fit the run, and for a path that is a URL, cannot be written, is inside the
+    run directory, or is that of a file among the input, of a shard, or of anything but a file.
     """
     if to not in EXPORTERS:
         raise ConfigError(f"export to {to!r}: one of {', '.join(EXPORTERS)}")
-    path = Path(path)
-    _check_place(manifest, path)
-    with replacing(path) as temporary:
-        EXPORTERS[to](manifest, temporary)
+    place = _place(manifest, path)
+    try:
+        with replacing(place) as temporary:
+            EXPORTERS[to](manifest, temporary)
+    except OSError as e:  # its own text names the temporary file
+        raise ConfigError(f"{path}: cannot be written: {e.strerror or e}; mend that or choose another") from e
     return sum(len(_training(rows)) for _, rows in manifest.parts(["loss_weight"]))
 
 
-def _check_place(manifest: Manifest, path: Path) -> None:
-    where = os.path.realpath(path)
+def _place(manifest: Manifest, path: str | Path) -> Path:
+    """Return where a file is to be written, with links followed; raises ConfigError where none may be."""
+    if SCHEME.match(str(path)):
+        raise ConfigError(f"{path}: is a URL; name a local file")
+    where, root = os.path.realpath(path), manifest.root
     if os.path.isdir(where):
         raise ConfigError(f"{path}: is a folder; name a file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ConfigError(f"{path}: is a device or a pipe; name a file")
     if where.startswith(os.path.realpath(manifest.path) + os.sep):
         raise ConfigError(f"{path}: is inside the run directory, which holds what the run wrote alone; choose another")
-    root = manifest.root
-    if root and "://" not in root and where.startswith(os.path.realpath(root) + os.sep) and os.path.exists(where):
-        raise ConfigError(f"{path}: is there already, among the input; move it away or choose another")
+    there, shards = os.path.exists(where), [shard["name"] for shard in manifest.info["shards"]]
+    if there and root and "://" not in root:
+        inputs = {os.path.realpath(f"{root}/{shard}") for shard in shards}  # some may be links out of the root
+        if where in inputs or where.startswith(os.path.realpath(root) + os.sep):
+            raise ConfigError(f"{path}: is there already, among the input; move it away or choose another")
+    # the input may lie elsewhere by now, and a manifest that was copied away without its run does not know where
+    names = {os.path.basename(path), os.path.basename(where)}
+    if any(name.lower().endswith(TAR_SUFFIXES) for name in names) or (
+        there and names & {shard.rpartition("/")[2] for shard in shards}
+    ):
+        raise ConfigError(f"{path}: has a shard's name; choose another")
+    return Path(where)
 
 
 def keys(manifest: Manifest, path: Path) -> None:
@@ -68,7 +86,8 @@ def energon(manifest: Manifest, path: Path) -> None:
 
     It belongs in `.nv-meta/` of a data set whose folder is the run's input root; another split takes its `exclude`
     alone.  A shard of which nothing trains is excluded as a whole, as is one that the run skipped.  Raises InputError
-    for a sample to be excluded whose key is not UTF-8: Energon has no name for it.
+    for a sample to be excluded whose key is not UTF-8: Energon has no name for it.  Where the uids are the data's own
+    nothing tells such a key from one that is written with the escape, and either raises.
     """
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.write("split_parts:\n  train:\n")
@@ -78,6 +97,9 @@ def energon(manifest: Manifest, path: Path) -> None:
         first = next(names, None)
         file.write("exclude: []\n" if first is None else f"exclude:\n- {_pattern(first)}\n")
         file.writelines(f"- {_pattern(name)}\n" for name in names)
+
+
+_ESCAPE = re.compile(r"\\x[89a-f][0-9a-f]")  # as the manifest writes a byte that is not UTF-8
 
 
 def _excluded(manifest: Manifest) -> Iterator[str]:
@@ -90,8 +112,9 @@ def _excluded(manifest: Manifest) -> Iterator[str]:
             yield shard
             continue
         for uid, key in zip(out["uid"].to_pylist(), out["key"].to_pylist(), strict=True):
-            if "\\x" in key and not own_uids and uid != sample_uid(shard, key.encode()):
-                raise InputError(f"{shard}: the key {key!r} is not UTF-8 and energon cannot exclude it; rename it")
+            if _ESCAPE.search(key) and (own_uids or uid != sample_uid(shard, key.encode())):
+                is_not = "may not be UTF-8 (input.uid_field keeps no other trace)" if own_uids else "is not UTF-8"
+                raise InputError(f"{shard}: the key {key!r} {is_not} and energon cannot exclude it; rename it")
             yield f"{shard}/{key}"
 
 
@@ -122,9 +145,11 @@ def datacomp(manifest: Manifest, path: Path) -> None:
 def open_clip(manifest: Manifest, path: Path) -> None:
     """Write the `sizes.json` of the filtered shards: of each its samples, kept and masked, by its file name.
 
-    A run that wrote filtered shards has one in each of their folders.  Raises ConfigError for shards of several
-    folders that have one file name, by which alone open_clip tells them apart.
+    A run has one in each of their folders.  Raises ConfigError for a run without filtered shards, and for shards of
+    several folders that have one file name, by which alone open_clip tells them apart.
     """
+    if not manifest.info["config"]["output"]["shards"]:
+        raise ConfigError(f"{manifest.path}: has no filtered shards to count; run again with output.shards: true")
     sizes: dict[str, int] = {}
     for shard, rows in manifest.parts(["action"]):
         name, size = shard.rpartition("/")[2], pc.is_in(rows["action"], pa.array(["keep", "mask"])).to_numpy().sum()

@@ -5,6 +5,7 @@ All are picklable callables.  The look-up file is opened in the process that fir
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ class _Weights:
     def __init__(self, manifest: Manifest, missing: str, pipes: Mapping[str, str] | None) -> None:
         if missing not in ("error", "keep"):
             raise ConfigError(f"missing={missing!r}: error or keep")
-        self.manifest, self.missing, self.pipes = manifest, missing, dict(pipes or {})
+        self.manifest, self.missing, self.pipes = manifest, missing, manifest.known_pipes(pipes)
         self.mitigates = "mitigate" in manifest.info["config"]["policy"].values()
         self.unknown = 0  # samples of this process that passed with weight 1 because the manifest does not know them
         self._told = False
@@ -41,8 +42,6 @@ class _Weights:
         """Return the name of the shard at a URL, or of this name, None for one that passes unknown."""
         if url not in self._shards:
             try:
-                if url.startswith("pipe:"):
-                    raise KeyError(f"{url}: tell its shard with pipes={{url: name}}")
                 name = self.manifest.name_of(url) if named else self.manifest.shard_of(url)
                 self._shards[url] = name
                 if not named:
@@ -74,6 +73,9 @@ class _Weights:
     def _columns(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Return the columns (N,) that rows get: `loss_weight`, float32, and `mitigate`, bool, where a policy asks."""
         url, key = _where(rows)
+        for row, names in enumerate(zip(rows[url], rows[key], strict=True)):
+            if not isinstance(names[0], str) or not isinstance(names[1], str | bytes):
+                raise ConfigError(f"row {row} has {url} {names[0]!r} and {key} {names[1]!r}: both must be text")
         shards = [self._shard(u, named=url == "shard") for u in rows[url]]
         places = self.manifest.places([shard or "" for shard in shards], rows[key])
         for row in np.flatnonzero(places < 0).tolist():
@@ -101,33 +103,42 @@ class Attach(_Weights):
         return Attach, (self.manifest, self.missing, self.captions, self.pipes)
 
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield every sample with its weight set."""
+        """Yield every sample with its weight; a sample that comes again, from a list, comes without what it got."""
         for sample in samples:
-            if "__key__" in sample:  # webdataset marks the end of a shard by an empty sample
-                self._attach(sample)
-            yield sample
+            # webdataset marks the end of a shard by an empty sample
+            yield {**sample, **self._found(sample)} if "__key__" in sample else sample
 
-    def _attach(self, sample: dict[str, Any]) -> None:
+    def _found(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a sample gets: `loss_weight` and, where they are asked for, `mitigate` and `captions`."""
         if "__url__" not in sample:
             raise ConfigError("a sample has no __url__; put attach() right after the shards are read, before any map")
-        shard, key = self._shard(sample["__url__"]), sample["__key__"]
+        shard, key, earlier = self._shard(sample["__url__"]), sample["__key__"], _earlier_weight(sample)
         place = -1 if shard is None else self.manifest.place(shard, key)
         if shard is None or place < 0:
             self._pass(sample["__url__"], key)
-            sample["loss_weight"] = 1.0
-            return
-        sample["loss_weight"] = self.manifest.lookup.weight(place)
+            return {"loss_weight": earlier}
+        weight, found = self.manifest.lookup.weight(place), dict[str, Any]()
         if self.mitigates:
-            sample["mitigate"] = self.manifest.lookup.mitigate(place)
+            found["mitigate"] = self.manifest.lookup.mitigate(place)
         if self.captions == "pool":
-            self._pool(sample, shard, key, place)
+            pooled = self.manifest.row(shard, key)["captions"]
+            if pooled is not None:
+                found["captions"] = pooled
+            if pooled or weight:
+                weight = self.manifest.lookup.weight(place, pooled=True)
+        return {"loss_weight": earlier * weight, **found}
 
-    def _pool(self, sample: dict[str, Any], shard: str, key: str, place: int) -> None:
-        pooled = self.manifest.row(shard, key)["captions"]
-        if pooled is not None:
-            sample["captions"] = pooled
-        if pooled or sample["loss_weight"]:
-            sample["loss_weight"] = self.manifest.lookup.weight(place, pooled=True)
+
+def _earlier_weight(sample: Mapping[str, Any]) -> float:
+    """Return the weight with which a sample came, 1 for none; raises ConfigError for what is no weight."""
+    weight = sample.get("loss_weight", 1.0)
+    with contextlib.suppress(TypeError, ValueError):
+        if not isinstance(weight, str | bytes) and 0 <= float(weight) < float("inf"):
+            return float(weight)
+    raise ConfigError(
+        f"{sample['__url__']}: the sample {sample['__key__']!r} has the loss_weight {weight!r} already, and it is no "
+        "finite number of 0 or more"
+    )
 
 
 class Weigh(_Weights):
@@ -136,9 +147,9 @@ class Weigh(_Weights):
     def __call__(self, rows: Mapping[str, Any]) -> dict[str, Any]:
         """Return the columns that are new in a batch of rows, arrays (N,), or in one row, numbers."""
         url, key = _where(rows)
-        if isinstance(rows[key], str):
-            return {name: column[0] for name, column in self._columns({url: [rows[url]], key: [rows[key]]}).items()}
-        return dict(self._columns(rows))
+        if isinstance(rows[key], Iterable) and not isinstance(rows[key], str | bytes):
+            return dict(self._columns(rows))
+        return {name: column[0] for name, column in self._columns({url: [rows[url]], key: [rows[key]]}).items()}
 
 
 class Collate(_Weights):
@@ -162,13 +173,17 @@ class Collate(_Weights):
         import torch
         from torch.utils.data import default_collate
 
-        if all("loss_weight" in sample for sample in samples):
-            names: tuple[str, ...] = _WHERE[0]
+        weighed = sum("loss_weight" in sample for sample in samples)
+        if weighed == len(samples):
             found: dict[str, Any] = {"loss_weight": np.array([float(s["loss_weight"]) for s in samples], np.float32)}
+        elif weighed:
+            raise ConfigError(
+                f"{weighed} of a batch's {len(samples)} samples have a loss_weight: give it to all or none"
+            )
         else:
-            names = _where(samples[0])
-            found = self._columns({name: [sample[name] for sample in samples] for name in names})
-        left_out = {*names, *found, "__local_path__"}
+            places = [[sample[name] for name in _where(sample)] for sample in samples]
+            found = self._columns(dict(zip(_where(samples[0]), zip(*places, strict=True), strict=True)))
+        left_out = {*_WHERE[0], *_WHERE[1], *found, "__local_path__"}
         batch = (self.collate_fn or default_collate)(
             [{name: value for name, value in sample.items() if name not in left_out} for sample in samples]
         )
@@ -180,11 +195,14 @@ class Collate(_Weights):
 
 
 def _where(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the names under which rows hold shard and key."""
+    """Return the names under which rows hold shard and key; raises ConfigError where they hold none."""
     for names in _WHERE:
         if all(name in row for name in names):
             return names
-    raise ConfigError(
-        f"rows hold {', '.join(map(repr, row)) or 'nothing'}: keep the columns __url__ and __key__, or shard and key, "
-        "by which a sample is found"
-    )
+    if isinstance(row, Mapping):
+        raise ConfigError(
+            f"rows hold {', '.join(map(repr, row)) or 'nothing'}: keep the columns __url__ and __key__, or shard and "
+            "key, by which a sample is found"
+        )
+    columns = ", ".join(getattr(row, "column_names", ())) or "no names"
+    raise ConfigError(f"rows come as a {type(row).__name__} of {columns}: give mappings, in datasets with_format(None)")

@@ -35,6 +35,7 @@ from .records import (
     Samples,
     Scores,
 )
+from .shards import SCHEME
 from .source import printable_key, sample_uid
 from .store import Store, done, file_digest, read_table, write_sealed, write_table
 
@@ -238,7 +239,10 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
-        """Open the manifest of a finished run; raises RunError when there is none or it is of another version."""
+        """Open the manifest of a finished run; raises RunError when there is none or it is of another version.
+
+        Its path is absolute from now on: what is read later is found wherever the process goes.
+        """
         store = Store(path)
         file = store.manifest / "manifest.json"
         try:
@@ -253,7 +257,7 @@ class Manifest:
             raise RunError(f"{file}: damaged, it has no {min(missing)}; run the same command again")
         # a manifest that was copied away without its run is found by the shards' names alone
         run = (store.read_run() or {}) if store.run_file.exists() else {}
-        return cls(store.path, info, run.get("root"))
+        return cls(Path(os.path.abspath(path)), info, run.get("root"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Manifest, (self.path, self.info, self.root, self._online)
@@ -294,19 +298,20 @@ class Manifest:
         """
         return self.lookup.weight(self._find(shard, key), pooled=True)
 
-    def with_online(self, *paths: str | Path, share: float = 0.5) -> Manifest:
+    def with_online(self, *paths: str | Path, share: float = 0.5, pipes: Mapping[str, str] | None = None) -> Manifest:
         """Return this manifest with weight 0 for what training masked in at least `share` of the times it was seen.
 
         `paths` are files of `memfilter.training.Sightings`, of all processes and sessions, and are added up.  The
         weights change, also those of pooled captions, and so does what `attach` gives; the run's rows stay as they are.
-        Raises InputError for a file that is none, ConfigError for a share out of range, and KeyError for a sample that
-        the manifest does not know.
+        `pipes` is that of `attach`.  Raises InputError for a file that is none, ConfigError for a share out of range,
+        and KeyError for a sample that the manifest does not know.
         """
         if not 0 < share <= 1:
             raise ConfigError(f"with_online(share={share}): above 0 and at most 1")
+        known = self.known_pipes(pipes)
         rows = pa.concat_tables([_SIGHTINGS.empty_table(), *(_read_sightings(Path(path)) for path in paths)])
         shards = rows["shard"].unique()
-        names = pa.array([self.name_of(name) for name in shards.to_pylist()])
+        names = pa.array([known.get(name) or self.name_of(name) for name in shards.to_pylist()], pa.string())
         rows = rows.set_column(0, "shard", names.take(pc.index_in(rows["shard"], shards).combine_chunks()))
         counts = rows.group_by(["shard", "key"]).aggregate([("seen", "sum"), ("masked", "sum")])
         often = counts.filter(pc.greater_equal(counts["masked_sum"], pc.multiply(counts["seen_sum"], share)))
@@ -331,14 +336,17 @@ class Manifest:
         captions: Literal["own", "pool"] = "own",
         pipes: Mapping[str, str] | None = None,
     ) -> Attach:
-        """Return a webdataset stage that sets `sample["loss_weight"]`, a Python float.
+        """Return a webdataset stage that yields samples with their `loss_weight`, a Python float.
+
+        A weight that a sample carries already, as from `OnlineFilter`, is multiplied by the manifest's: what either
+        masks stays masked.  One that is not a finite number of 0 or more raises ConfigError.
 
         A sample that the manifest does not know raises KeyError, or passes with weight 1 under `missing="keep"`:
         `unknown` of the stage counts those of this process, and a warning tells the first, tenth, hundredth and so on.
         With `captions="pool"`, samples with pooled captions get them as `sample["captions"]`, and one that is masked
         for its own caption's magnitude alone trains on them.  Where a policy hands samples over to caption mitigation,
         `sample["mitigate"]` tells whether this is one.  `pipes` maps URLs that tell no shard, as those of `pipe:`, to
-        shard names.
+        shard names; a name that is none of the manifest's raises ConfigError.
         """
         from .loader import Attach
 
@@ -363,9 +371,10 @@ class Manifest:
     ) -> Collate:
         """Return a function that makes a batch as `collate_fn` does, with its `loss_weight`, a float32 tensor (B,).
 
-        Samples carry their `loss_weight`, or are looked up as by `weigh`, the whole batch at once.  `collate_fn`, by
-        default torch's own, gets them without the weight and without the names of shard and key: a batch with texts
-        in it fails in accelerate with more than one process.  `missing` and `pipes` are those of `attach`.
+        Either all samples of a batch carry their `loss_weight`, or they are looked up as by `weigh`, all at once;
+        raises ConfigError where only some carry one.  `collate_fn`, by default torch's own, gets them without the
+        weight and without the names of shard and key: a batch with texts in it fails in accelerate with more than one
+        process.  `missing` and `pipes` are those of `attach`.
         """
         from .loader import Collate
 
@@ -375,8 +384,10 @@ class Manifest:
         """Return the name of the shard at a URL; raises KeyError.
 
         It is looked for below the input root, below the filtered shards, and by its longest path suffix that names
-        exactly one shard.
+        exactly one shard.  A `pipe:` URL, which may run any command, names none.
         """
+        if url.startswith("pipe:"):
+            raise KeyError(f"{url}: tell its shard with pipes={{url: name}}")
         path, known = path_of(url), self._names
         for root in (self.root, os.path.abspath(self.path / "shards")):
             full = path if "://" in path else os.path.abspath(path)
@@ -391,6 +402,13 @@ class Manifest:
             if len(found) == 1:
                 return found[0]
         raise KeyError(f"{url}: none of the manifest's {len(known)} shards, or more than one, has this name")
+
+    def known_pipes(self, pipes: Mapping[str, str] | None) -> dict[str, str]:
+        """Return a mapping of URLs to shard names; raises ConfigError where a name is none of the manifest's."""
+        for url, name in (pipes or {}).items():
+            if name not in self._names:
+                raise ConfigError(f"pipes: {url} is to be {name!r}, which is none of the manifest's shards")
+        return dict(pipes or {})
 
     def is_other(self, shard: str, path: str) -> bool:
         """Tell whether a file has another size than the input shard of this name and the filtered one.
@@ -463,8 +481,9 @@ class Manifest:
 
 
 def path_of(url: str) -> str:
-    """Return a URL without query and fragment, and of a file's its path."""
-    return url.split("?")[0].split("#")[0].removeprefix("file://").removeprefix("file:")
+    """Return a URL without query and fragment, and of a file's its path, in which `?` and `#` are letters."""
+    local = url.removeprefix("file://").removeprefix("file:")
+    return url.split("?")[0].split("#")[0] if SCHEME.match(local) else local
 
 
 _SIGHTINGS = pa.schema([("shard", pa.string()), ("key", pa.string()), ("seen", pa.int64()), ("masked", pa.int64())])

@@ -314,9 +314,14 @@ def test_the_loss_of_scripts_that_read_shards(loss_type: str) -> None:
     prediction, target = torch.randn(2, len(WEIGHT), 4, 8, 8, generator=draw)
     prediction.requires_grad_()
 
+    def in_one_dtype(losses: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        assert weight.dtype == losses.dtype  # not every device has the float64 of default_collate
+        return masked_loss(losses, weight)
+
     def loss(side: str, kept: torch.Tensor | slice, *batch: Any) -> torch.Tensor:
         args = SimpleNamespace(loss_type=loss_type, huber_c=0.001)
         names = {"model_pred": prediction[kept], "target": target[kept], "args": args, "batch": ("", "", *batch)}
+        names["masked_loss"] = in_one_dtype
         return executed(change, side, names, ("pass",))["loss"]
 
     before, ones = loss("-", slice(None)), loss("+", slice(None), torch.ones(len(WEIGHT), dtype=torch.float64))

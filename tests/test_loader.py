@@ -120,7 +120,7 @@ def test_weights_in_one_look_up_are_those_one_by_one(run: Manifest, expected: di
     weights = run.weights(shards, keys)
     assert weights.dtype == np.float32
     assert weights.tolist() == list(expected.values()) == [run.weight(shard, key) for shard, key in expected]
-    assert run.weights([f"{run.root}/{shard}?token=1" for shard in shards], keys).tolist() == weights.tolist()
+    assert run.weights([f"file://{run.root}/{shard}" for shard in shards], keys).tolist() == weights.tolist()
     assert run.weights([], []).tolist() == []
     with pytest.raises(KeyError, match=r"a/00000\.tar: the manifest has no sample 'x/b0'"):
         run.weights(["b/00000.tar", "a/00000.tar"], ["x/b0", "x/b0"])
@@ -190,7 +190,7 @@ def test_every_version_of_webdataset_gets_the_weights(
 def test_a_stage_that_was_used_is_sent_on_as_it_was_made(run: Manifest) -> None:
     for made in (run.attach("keep"), run.weigh("keep"), run.collate(missing="keep")):
         before = pickle.dumps(made)
-        rows = [{"__key__": "new", "__url__": "new.tar", "loss_weight": 1.0}, samples_of(run)[0]]
+        rows = [{"__key__": "new", "__url__": "new.tar"}, samples_of(run)[0]]
         columns = {"__key__": [r["__key__"] for r in rows], "__url__": [r["__url__"] for r in rows]}
         list(made(columns if made.__class__.__name__ == "Weigh" else rows))
         assert made.unknown == 1
@@ -257,6 +257,29 @@ def test_a_shard_of_the_same_name_and_keys_and_another_size_is_doubted(
     assert caplog.messages == [f"file:{other}: has another size than the manifest's shard a/00000.tar: {DOUBT}"]
 
 
+def test_a_weight_that_a_sample_carries_is_multiplied(run: Manifest, expected: dict[tuple[str, str], float]) -> None:
+    rows, earlier = samples_of(run), [0.0, 0.5, 1, np.float32(2), torch.tensor(0.5), 0, 1.0, 0.25]
+    carrying = [{**row, "loss_weight": weight} for row, weight in zip(rows, earlier, strict=True)]
+    products = [float(e) * w for e, w in zip(earlier, expected.values(), strict=True)]
+    stage = run.attach(captions="pool")
+    for _ in range(2):  # the same samples again, as from memory in the next epoch
+        found = [sample["loss_weight"] for sample in stage(carrying)]
+        assert found == products
+        assert {type(weight) for weight in found} == {float}
+    stranger = {"__key__": "new", "__url__": rows[0]["__url__"], "loss_weight": 0.25}
+    assert next(run.attach("keep")([stranger]))["loss_weight"] == 0.25
+    for wrong in (-1.0, float("nan"), float("inf"), "1", b"1", None, [1.0]):
+        with pytest.raises(ConfigError, match=r"00000\.tar: the sample 'x/00' has the loss_weight .* already"):
+            list(stage([{**rows[0], "loss_weight": wrong}]))
+
+
+def test_pipes_name_shards_of_the_manifest(run: Manifest) -> None:
+    pipes = {"pipe:cat b.tar": "nope.tar"}
+    for make in (run.attach, run.weigh, run.collate):
+        with pytest.raises(ConfigError, match=r"pipes: pipe:cat b\.tar is to be 'nope\.tar', which is none of"):
+            make(pipes=pipes)
+
+
 # -- Hugging Face datasets --------------------------------------------------------------------------------------------
 
 
@@ -294,6 +317,20 @@ def test_rows_are_found_by_shard_and_key_too(run: Manifest, expected: dict[tuple
     assert run.weigh()({"shard": "00000.tar", "key": "x/00"}) == {"loss_weight": expected["00000.tar", "x/00"]}
     with pytest.raises(ConfigError, match="rows hold 'jpg', '__key__': keep the columns __url__ and __key__"):
         run.weigh()({"jpg": [], "__key__": []})
+
+
+def test_rows_that_are_no_text_are_told(run: Manifest) -> None:
+    url = originals(run)[0]
+    for rows in ({"__url__": [url, url], "__key__": ["x/00", 7]}, {"__url__": [url, None], "__key__": ["x/00"] * 2}):
+        with pytest.raises(ConfigError, match=r"row 1 has __url__ .* and __key__ .*: both must be text"):
+            run.weigh()(rows)
+    for row in ({"__url__": url, "__key__": 7}, {"__url__": None, "__key__": "x/00"}):
+        with pytest.raises(ConfigError, match="row 0 has"):
+            run.weigh()(row)
+    table = pa.table({"__url__": [url], "__key__": ["x/00"], "txt": ["a text that is no name"]})
+    with pytest.raises(ConfigError, match="a Table of __url__, __key__, txt: give mappings") as error:
+        run.weigh()(table)  # type: ignore[arg-type]
+    assert "a text" not in str(error.value)
 
 
 def test_a_url_that_tells_no_shard_is_mapped(run: Manifest, expected: dict[tuple[str, str], float]) -> None:
@@ -344,6 +381,20 @@ def test_weights_that_samples_carry_are_taken(run: Manifest) -> None:
     assert batch["loss_weight"].dtype == torch.float32
     attached = list(run.attach()(samples_of(run)))
     assert set(run.collate()(attached)) == {"pixels", "loss_weight"}
+
+
+def test_texts_that_tell_shard_and_key_stay_out_of_the_batch(run: Manifest) -> None:
+    names = {"shard": "00000.tar", "key": "x/00", "__url__": originals(run)[0], "__key__": "x/00"}
+    for weight in ({}, {"loss_weight": 1.0}):
+        assert set(run.collate()([{"pixels": torch.ones(2), **names, **weight}])) == {"pixels", "loss_weight"}
+
+
+def test_a_batch_of_unlike_samples_is_refused(run: Manifest) -> None:
+    first, second = samples_of(run)[:2]
+    with pytest.raises(ConfigError, match="1 of a batch's 2 samples have a loss_weight: give it to all or none"):
+        run.collate()([first, {**second, "loss_weight": 1.0}])
+    with pytest.raises(ConfigError, match="rows hold '__key__', 'pixels': keep the columns __url__ and __key__"):
+        run.collate()([first, {name: value for name, value in second.items() if name != "__url__"}])
 
 
 def test_a_batch_that_is_no_mapping_is_refused(run: Manifest) -> None:

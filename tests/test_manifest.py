@@ -73,6 +73,35 @@ def test_a_pipe_needs_the_callers_mapping(masked: Manifest) -> None:
     assert len(weights(masked, [url], pipes={url: "a/00000.tar"})) == 4
 
 
+def test_no_shard_is_guessed_from_a_command(masked: Manifest) -> None:
+    for ask in (masked.shard_of, masked.name_of):
+        with pytest.raises(KeyError, match="pipes="):
+            ask(f"pipe:cat {originals(masked)[0]}")
+
+
+def test_marks_of_a_url_are_letters_in_a_local_path(tmp_path: Path) -> None:
+    for i, name in enumerate(("c#d/0.tar", "w?x/0.tar", "1#2.tar")):
+        write_tar(tmp_path / "in" / name, sample(f"{i}", encoded(picture(i))))
+    manifest = memfilter.run([str(tmp_path / "in")], tmp_path / "out", workers=1)
+    assert manifest.shards == ["1#2.tar", "c#d/0.tar", "w?x/0.tar"]
+    samples = [{"__url__": url, "__key__": key} for url, key in zip(originals(manifest), "201", strict=True)]
+    assert [s["loss_weight"] for s in manifest.attach()(samples)] == [1, 1, 1]
+    shutil.copytree(tmp_path / "in", tmp_path / "moved")
+    for root in ("moved", "out/shards"):
+        assert [manifest.shard_of(f"{tmp_path}/{root}/{name}") for name in manifest.shards] == manifest.shards
+        assert [manifest.shard_of(f"file:{tmp_path}/{root}/{name}") for name in manifest.shards] == manifest.shards
+
+
+def test_a_manifest_is_found_from_another_folder(
+    masked: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(masked.path.parent)
+    manifest = Manifest.load(masked.path.name)
+    monkeypatch.chdir(tmp_path)
+    assert manifest.weight("a/00000.tar", "a0") == masked.weight("a/00000.tar", "a0")
+    assert manifest.path == masked.path
+
+
 def test_a_sample_that_is_not_known_is_an_error_or_counted(masked: Manifest, tmp_path: Path) -> None:
     write_tar(tmp_path / "a" / "00000.tar", sample("a0", b"", "old") + sample("new", b"", "new"))
     with pytest.raises(KeyError, match=r"a/00000\.tar: the manifest has no sample 'new'"):

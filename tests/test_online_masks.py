@@ -389,6 +389,18 @@ def test_what_was_masked_often_enough_has_weight_zero(manifest: Manifest, tmp_pa
     assert manifest.pool_weight("a/00000.tar", "0") == 1
 
 
+def test_sightings_of_a_command_need_the_callers_mapping(manifest: Manifest, tmp_path: Path) -> None:
+    url, sightings = f"pipe:cat {manifest.root}/a/00000.tar", Sightings()
+    sightings.add([url], ["0"], torch.zeros(1))
+    sightings.save(tmp_path / "s.parquet")
+    with pytest.raises(KeyError, match="pipes="):
+        manifest.with_online(tmp_path / "s.parquet")
+    with pytest.raises(ConfigError, match="none of the manifest's shards"):
+        manifest.with_online(tmp_path / "s.parquet", pipes={url: "nope.tar"})
+    online = manifest.with_online(tmp_path / "s.parquet", pipes={url: "a/00000.tar"})
+    assert (manifest.weight("a/00000.tar", "0"), online.weight("a/00000.tar", "0")) == (1, 0)
+
+
 def test_sightings_are_added_up_in_any_order_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("memfilter.training.sightings._PENDING", 50)
     draw, sightings, expected = torch.Generator().manual_seed(0), Sightings(), dict[tuple[str, str], list[int]]()
