@@ -114,10 +114,11 @@ class Attach(_Weights):
             raise ConfigError("a sample has no __url__; put attach() right after the shards are read, before any map")
         shard, key, earlier = self._shard(sample["__url__"]), sample["__key__"], _earlier_weight(sample)
         place = -1 if shard is None else self.manifest.place(shard, key)
+        found: dict[str, Any] = {"mitigate": False} if self.mitigates else {}
         if shard is None or place < 0:
             self._pass(sample["__url__"], key)
-            return {"loss_weight": earlier}
-        weight, found = self.manifest.lookup.weight(place), dict[str, Any]()
+            return {"loss_weight": earlier, **found}
+        weight = self.manifest.lookup.weight(place)
         if self.mitigates:
             found["mitigate"] = self.manifest.lookup.mitigate(place)
         if self.captions == "pool":

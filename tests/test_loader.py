@@ -351,6 +351,8 @@ def test_what_is_handed_over_to_mitigation_is_told_in_a_column(tmp_path: Path) -
     }
     batch = manifest.collate()([{"shard": "0.tar", "key": key} for key in "02"])
     assert batch["mitigate"].tolist() == [True, False]
+    stranger = {"__key__": "none", "__url__": f"{manifest.root}/0.tar"}
+    assert next(manifest.attach("keep")([stranger]))["mitigate"] is False
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
