@@ -63,6 +63,14 @@ class Recent:
             self._columns[name][row] = value
         return row
 
+    def put(self, key: bytes, **values: Any) -> int:
+        """Return the row of a key, known or new, with these values, all that a row has."""
+        if (row := self.meet(key)) is None:
+            return self.add(key, **values)
+        for name, value in values.items():
+            self._columns[name][row] = value
+        return row
+
     def state(self) -> dict[str, Any]:
         """Return all that it holds as tensors of bytes, lists of texts and a number."""
         n = len(self)

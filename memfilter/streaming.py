@@ -49,7 +49,7 @@ class OnlineFilter:
     It stands right after the shards are read: it takes the members' bytes, `__key__` and `__url__`.  Each sample is
     signed as a run signs it and gets
 
-    * `loss_weight`: 1.0, or 0.0 where it is masked (times the weight that it came with), a Python float;
+    * `loss_weight`: 1.0, or 0.0 where it is masked, times the weight that it came with, a Python float;
     * `reasons`: codes as in the manifest, of `exact_duplicate`, `hash_duplicate`, `blank_duplicate`,
       `caption_duplicate` and `magnitude`;
     * `image_count` and `caption_count`: how many samples of its image and its caption there were so far, itself too;
@@ -66,6 +66,11 @@ class OnlineFilter:
     forgotten image passes.  A sample that comes again with the same
     bytes, as in the next epoch, is itself and keeps its verdict for as long as it is remembered; beyond that it is
     judged as new, and counted again.  A key that is repeated within a shard, which a run calls bad, looks the same.
+
+    A sample that comes with weight 0 does not train: it passes with no reasons and no magnitude (NaN), is no copy and
+    has none, with both its counts 1, and is a `mask` of `counts`.  One that trained before leaves its image and its
+    caption to the next copy that trains; what such a change concerns is judged as new.  So `Manifest.attach` belongs
+    before this stage: what it masks behind it may be the only copy that was kept here.
 
     Each worker of a loader, and each rank, has a memory of its own and sees no shard but its own: copies in other
     shards than its own stay unfound.  One worker that reads all shards finds them; so does a run.  Workers that are
@@ -141,9 +146,9 @@ class OnlineFilter:
         self._sign([w for w in waiting if w.identity not in self._samples])
         for w in waiting:
             row = self._samples.meet(w.identity)
-            if row is None:
+            if row is None or self._is_outdated(w, row):
                 row = self._enter(w)
-            if row is not None and self._judge(w.sample, row):
+            if row is not None and self._judge(w, row):
                 yield w.sample
             w.signature = None  # large
 
@@ -155,10 +160,10 @@ class OnlineFilter:
             w.signature = self._signer.read(w.place, 0, w.members)[1]
         good = [w for w in waiting if w.signature and "bad" not in w.signature]
         self._signer.finish([w.signature for w in good if w.signature])
-        if self._scorer and good:
-            for w, magnitude in zip(
-                good, self._score([w.signature["caption"] for w in good if w.signature]), strict=True
-            ):
+        trained = [w for w in good if w.weight]
+        if self._scorer and trained:
+            magnitudes = self._score([w.signature["caption"] for w in trained if w.signature])
+            for w, magnitude in zip(trained, magnitudes, strict=True):
                 w.magnitude = magnitude
 
     def _score(self, captions: list[str]) -> list[float]:
@@ -180,6 +185,14 @@ class OnlineFilter:
 
     # -- what becomes of it --
 
+    def _is_outdated(self, waiting: _Waiting, row: int) -> bool:
+        """Tell whether a verdict is of a time when this sample, or the one it was compared with, had another weight."""
+        image, caption = int(self._samples["image"][row]), int(self._samples["caption"][row])
+        if not waiting.weight or image < 0:
+            return bool(waiting.weight) == (image < 0)
+        alone = self._samples["repeats"][row] and not self._captions["place"][caption]
+        return bool(alone or not self._images["place"][image])
+
     def _enter(self, waiting: _Waiting) -> int | None:
         """Return the row of a new sample, compared with what came before it; None for a bad one."""
         if waiting.signature is None:  # remembered when it was read ahead, forgotten since
@@ -190,13 +203,18 @@ class OnlineFilter:
             self._counts.update(["read", "bad", signature["bad"]])
             return None
         found = recent.find_image(self._images, signature, self.config.images.hash_radius)
+        if not waiting.weight:
+            self._leave(place, found, signature["fingerprint"])
+            values = {"image": -1, "caption": -1, "method": -1, "repeats": False, "action": MASK}
+            return self._samples.put(waiting.identity, magnitude=float("nan"), **values)
         if found is None:
             image, method = recent.add_image(self._images, signature, place), -1
-        elif self._images["place"][found[0]] == place:  # itself, whose verdict was forgotten
-            image, method = found[0], -1
         else:
             image, method = found
-            self._images["count"][image] += 1
+            first = self._images["place"][image]
+            self._images["count"][image] += first != place
+            if first in ("", place):  # left by its first, or itself, whose verdict was forgotten
+                self._images["place"][image], method = place, -1
         action = _ACTION[self.policies["image_duplicate"]] if method >= 0 else KEEP
         if self._is_memorized(waiting.magnitude):
             action = max(action, _ACTION[self.policies["magnitude"]])
@@ -204,7 +222,14 @@ class OnlineFilter:
         if signature["fingerprint"] is not None:
             caption, repeats, action = self._enter_caption(signature["fingerprint"], place, image, action)
         values = {"image": image, "caption": caption, "method": method, "repeats": repeats, "action": action}
-        return self._samples.add(waiting.identity, magnitude=waiting.magnitude, **values)
+        return self._samples.put(waiting.identity, magnitude=waiting.magnitude, **values)
+
+    def _leave(self, place: str, image: tuple[int, int] | None, fingerprint: bytes | None) -> None:
+        """Let a sample that does not train be the first of neither this image nor this caption."""
+        caption = None if fingerprint is None else self._captions.meet(fingerprint)
+        for table, row in ((self._images, image and image[0]), (self._captions, caption)):
+            if row is not None and table["place"][row] == place:
+                table["place"][row] = ""
 
     def _enter_caption(self, fingerprint: bytes, place: str, image: int, action: int) -> tuple[int, bool, int]:
         """Return the row of a caption, whether a sample was kept with it before, and what now becomes of this one."""
@@ -225,22 +250,22 @@ class OnlineFilter:
     def _is_memorized(self, magnitude: float) -> bool:
         return self._threshold is not None and bool(np.float32(magnitude) >= np.float32(self._threshold.magnitude))
 
-    def _judge(self, sample: Sample, row: int) -> bool:
+    def _judge(self, waiting: _Waiting, row: int) -> bool:
         """Put its verdict into a remembered sample and count it; tell whether it stays in the stream."""
+        sample = waiting.sample
         verdict = {name: self._samples[name][row].item() for name in ("image", "caption", "method", "action")}
-        self._images.touch(verdict["image"])
-        if verdict["caption"] >= 0:
-            self._captions.touch(verdict["caption"])
+        for name, table in (("image", self._images), ("caption", self._captions)):
+            known = verdict[name] >= 0
+            sample[f"{name}_count"] = int(table["count"][verdict[name]]) if known else 1
+            if known:
+                table.touch(verdict[name])
         magnitude = float(self._samples["magnitude"][row])
         reasons = [f"{METHODS[verdict['method']]}_duplicate"] if verdict["method"] >= 0 else []
         reasons += ["caption_duplicate"] if self._samples["repeats"][row] else []
         reasons += ["magnitude"] if self._is_memorized(magnitude) else []
         self._counts.update(["read", ACTIONS[verdict["action"]], *reasons])
-        before = sample.get("loss_weight")
-        sample["loss_weight"] = float(verdict["action"] == KEEP) * (before if isinstance(before, float) else 1.0)
+        sample["loss_weight"] = waiting.weight if verdict["action"] == KEEP else 0.0
         sample["reasons"] = reasons
-        sample["image_count"] = int(self._images["count"][verdict["image"]])
-        sample["caption_count"] = int(self._captions["count"][verdict["caption"]]) if verdict["caption"] >= 0 else 1
         sample["duplicate_of"] = self._images["place"][verdict["image"]] if verdict["method"] >= 0 else ""
         if self._scorer:
             sample["magnitude"] = magnitude
@@ -344,6 +369,7 @@ class _Waiting:
     place: str
     identity: bytes
     members: list[_Member]
+    weight: float
     signature: dict[str, Any] | None = None
     magnitude: float = float("nan")
 
@@ -365,7 +391,21 @@ class _Waiting:
                     )
                 identity.update(data)
                 members.append(_Member(key.encode("utf-8", "surrogateescape"), suffix, data))
-        return cls(sample, place, identity.digest(), members)
+        return cls(sample, place, identity.digest(), members, _weight(sample.get("loss_weight", 1.0), place))
+
+
+def _weight(given: Any, place: str) -> float:
+    """Return the weight that a sample came with as a Python float; raises ConfigError where it is none."""
+    try:
+        weight = float("nan") if isinstance(given, str | bytes) else float(given)
+    except (TypeError, ValueError, RuntimeError):  # the last is torch's, of a tensor of many
+        weight = float("nan")
+    if not 0 <= weight < float("inf"):
+        raise ConfigError(
+            f"{place}: its loss_weight is {str(given)[:50]!r}, not a number of 0 or more; set one before OnlineFilter, "
+            "or none"
+        )
+    return weight
 
 
 def _threshold(config: Config, scorer: Scorer | None) -> Threshold | None:

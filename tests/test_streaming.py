@@ -324,7 +324,7 @@ def test_a_sample_is_never_its_own_duplicate_and_a_forgotten_image_passes_again(
 @pytest.mark.parametrize("capacity", [3, 8, 1000])
 def test_a_stream_that_is_cut_anywhere_goes_on_exactly(capacity: int) -> None:
     samples = stream(50, seed=2)
-    samples += samples[10:40]
+    samples += [{**s, "loss_weight": float(n % 4 > 0)} for n, s in enumerate(samples[10:40])]
     config = encoderless(magnitude={"batch_size": 7})
 
     def made() -> OnlineFilter:
@@ -387,6 +387,79 @@ def test_the_end_of_a_shard_passes_in_its_place_and_weights_are_multiplied() -> 
     found = list(OnlineFilter(image_duplicate="record")([*copies(samples[:2]), {}, *copies(samples[2:]), {}]))
     assert [s.get("__key__") for s in found] == ["0", "1", None, "2", "3", None]
     assert [s.get("loss_weight") for s in found] == [0.0, 0.5, None, 1.0, 1.0, None]
+
+
+@pytest.mark.parametrize("weight", [0, 0.25, np.float32(0.25), torch.tensor(0.25)])
+def test_a_weight_of_any_kind_of_number_counts(weight: Any) -> None:
+    (found,) = OnlineFilter()([{**stream(1)[0], "loss_weight": weight}])
+    assert found["loss_weight"] == float(weight)
+    assert type(found["loss_weight"]) is float
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -0.5, "0.5", b"1", None, torch.ones(2)])
+def test_a_weight_that_is_no_number_is_refused(weight: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^0\.tar/0: its loss_weight is .*, not a number of 0 or more; set one before"
+    ):
+        list(OnlineFilter()([{**stream(1)[0], "loss_weight": weight}]))
+
+
+def same(count: int, weights: Iterable[float]) -> list[dict[str, Any]]:
+    """Return samples of one image and one caption with these weights."""
+    data = encoded(picture(1))
+    made = [{"__key__": f"{n}", "__url__": "a.tar", "jpg": data, "txt": b"a house"} for n in range(count)]
+    return [{**s, "loss_weight": float(weight)} for s, weight in zip(made, weights, strict=True)]
+
+
+def test_a_sample_that_does_not_train_is_the_first_of_nothing() -> None:
+    stage = OnlineFilter(caption_duplicate="mask", image_duplicate="drop")
+    for _ in range(2):
+        found = list(stage(same(4, [0, 1, 0, 1])))
+        assert [s["loss_weight"] for s in found] == [0.0, 1.0, 0.0]
+        assert all(s["reasons"] == [] and s["duplicate_of"] == "" for s in found)
+        assert [s["image_count"] for s in found if not s["loss_weight"]] == [1, 1]
+    assert stage.counts == {
+        **{"read": 8, "keep": 2, "mask": 4, "drop": 2, "bad": 0},
+        **{"exact_duplicate": 2, "caption_duplicate": 2},
+    }
+    # nor does it come out when it is bad
+    assert list(stage([{"__key__": "bad", "__url__": "a.tar", "jpg": b"bad", "loss_weight": 0.0}])) == []
+
+
+def test_one_copy_trains_whatever_weights_change_between_epochs() -> None:
+    stage = OnlineFilter()
+    for weights, wanted in (
+        ([1, 1, 1], [1, 0, 0]),
+        ([0, 1, 1], [0, 1, 0]),  # the first leaves its image to the second
+        ([0, 1, 1], [0, 1, 0]),
+        ([1, 1, 1], [0, 1, 0]),  # and finds it taken
+        ([1, 0, 0], [0, 0, 0]),  # only behind it is its image free
+        ([1, 0, 0], [1, 0, 0]),
+        ([0, 0, 0], [0, 0, 0]),
+        ([0, 0, 0.5], [0, 0, 0.5]),
+    ):
+        assert [s["loss_weight"] for s in stage(same(3, weights))] == wanted, weights
+
+
+def test_a_caption_is_left_to_the_next_sample_too() -> None:
+    stage = OnlineFilter(caption_duplicate="mask")
+    samples = [{**s, "jpg": encoded(picture(n))} for n, s in enumerate(same(3, [1, 1, 1]))]
+    assert [s["loss_weight"] for s in stage(copies(samples))] == [1.0, 0.0, 0.0]
+    samples[0]["loss_weight"] = 0.0
+    for _ in range(2):
+        assert [s["loss_weight"] for s in stage(copies(samples))] == [0.0, 1.0, 0.0]
+    samples[0]["loss_weight"] = 1.0
+    assert [s["loss_weight"] for s in stage(copies(samples))] == [0.0, 1.0, 0.0]
+
+
+def test_every_image_trains_behind_a_manifest_that_keeps_another_copy(tmp_path: Path) -> None:
+    small, large = encoded(picture(1, 48, 40)), encoded(picture(1, 192, 160))
+    url = write(tmp_path / "in" / "a.tar", [sample("0", small, "a house"), sample("1", large, "a house in a wood")])
+    manifest = memfilter.run([url], tmp_path / "out", encoderless(output={"shards": False}), workers=1)
+    assert [manifest.weight("a.tar", key) for key in "01"] == [0.0, 1.0]
+    stage = OnlineFilter()
+    for _ in range(2):
+        assert [s["loss_weight"] for s in read(url, manifest.attach(), stage)] == [0.0, 1.0]
 
 
 # -- magnitudes -------------------------------------------------------------------------------------------------------
