@@ -58,14 +58,15 @@ class OnlineFilter:
 
     What differs from a run: the first copy that comes is the one kept, as a stream cannot know of a better one; there
     are no edges by embedding, and captions repeat where their normal forms are equal, without the wider tiers; bad
-    samples never come out, as nothing could decode them, and are counted by their cause.  `counts` tells what became
-    of how many samples and for which reasons; each pass over the stream logs its own at INFO.
+    samples never come out, as nothing could decode them, and are counted by their cause, the first, tenth, hundredth
+    and so on of a process with a warning.  `counts` tells what became of how many samples and for which reasons; each
+    pass over the stream logs its own at INFO.
 
     At most `capacity` images, captions and samples are remembered each; those go first that were not met for longest,
     so that what is repeated much stays; an image with its caption and its sample takes about 700 bytes.  A copy of a
-    forgotten image passes.  A sample that comes again with the same
-    bytes, as in the next epoch, is itself and keeps its verdict for as long as it is remembered; beyond that it is
-    judged as new, and counted again.  A key that is repeated within a shard, which a run calls bad, looks the same.
+    forgotten image passes.  A sample that comes again with the same bytes, as in the next epoch, is itself and keeps
+    its verdict for as long as it is remembered; beyond that it is judged as new, and counted again.  A key that is
+    repeated within a shard, which a run calls bad, looks the same.
 
     A sample that comes with weight 0 does not train: it passes with no reasons and no magnitude (NaN), is no copy and
     has none, with both its counts 1, and is a `mask` of `counts`.  One that trained before leaves its image and its
@@ -201,6 +202,10 @@ class OnlineFilter:
         assert signature
         if "bad" in signature:
             self._counts.update(["read", "bad", signature["bad"]])
+            if str(self._counts["bad"]).strip("0") == "1":  # 1, 10, 100, ...
+                message = "%s: left out as bad, %s: %s; %d of %d samples so far were bad"
+                told = signature["bad"], signature["detail"], self._counts["bad"], self._counts["read"]
+                log.warning(message, place, *told)
             return None
         found = recent.find_image(self._images, signature, self.config.images.hash_radius)
         if not waiting.weight:

@@ -186,6 +186,14 @@ def test_bad_samples_have_the_causes_of_a_run(tmp_path: Path) -> None:
     assert {cause: stage.counts[cause] for cause in causes} == {cause: causes.count(cause) for cause in causes}
 
 
+def test_bad_samples_are_told_at_the_first_and_the_tenth(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = encoded(picture(1))
+    url = write(tmp_path / "a.tar", [[(f"k{n}.img.jpg", data)] for n in range(12)])
+    assert list(read(url, OnlineFilter())) == []
+    why = "left out as bad, no_image: the sample has no image member"
+    assert caplog.messages == [f"{url}/k{n - 1}: {why}; {n} of {n} samples so far were bad" for n in (1, 10)]
+
+
 # -- the index --------------------------------------------------------------------------------------------------------
 
 
