@@ -76,7 +76,7 @@ class OnlineFilter:
     Each worker of a loader, and each rank, has a memory of its own and sees no shard but its own: copies in other
     shards than its own stay unfound.  One worker that reads all shards finds them; so does a run.  Workers that are
     started anew in each epoch begin with what the stage holds in the main process, unless the loader is told
-    `persistent_workers=True`.
+    `persistent_workers=True`.  `counts` and `state_dict` are those of the process that asks.
     """
 
     def __init__(
@@ -314,17 +314,26 @@ class OnlineFilter:
 
         It holds tensors and plain values only.  `counts` tells the place in the stream: that many samples were `read`;
         what was read ahead of them is to be given again.
+
+        It is the state of this process, and where the workers of a loader read the samples it is none: a warning says
+        so.  Take it with `num_workers=0`, or in the worker: torchdata's StatefulDataLoader asks each worker's copy of
+        the data set for `state_dict()`, which then has to return this one too.
         """
-        tables = {"images": self._images, "captions": self._captions, "samples": self._samples, "scores": self._scores}
-        return {
-            "settings": self._settings,
-            "counts": dict(self._counts),
-            **{name: table.state() for name, table in tables.items()},
-        }
+        if "_signer" not in self.__dict__:
+            log.warning(
+                "the state of an online filter that read no sample in this process: where a loader's workers read, ask "
+                "in the worker, or set num_workers=0"
+            )
+        tables = {name: table.state() for name, table in self._tables.items()}
+        return {"settings": self._settings, "counts": dict(self._counts), **tables}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a filter with the same settings was; raises ConfigError, naming the first one that differs."""
-        own, other = self._settings, state.get("settings", {})
+        if missing := {"settings", "counts", *self._tables} - state.keys():
+            raise ConfigError(
+                f"not a state of OnlineFilter, it has no {min(missing)}; give what its state_dict() returned, whole"
+            )
+        own, other = self._settings, state["settings"]
         for name in sorted(own.keys() | other.keys()):
             if own.get(name) != other.get(name):
                 raise ConfigError(
@@ -332,9 +341,12 @@ class OnlineFilter:
                     f"{own.get(name)}; make the filter as it was, or go on without its state"
                 )
         self._counts = Counter(state["counts"])
-        tables = {"images": self._images, "captions": self._captions, "samples": self._samples, "scores": self._scores}
-        for name, table in tables.items():
+        for name, table in self._tables.items():
             table.restore(state[name])
+
+    @property
+    def _tables(self) -> dict[str, recent.Recent]:
+        return {"images": self._images, "captions": self._captions, "samples": self._samples, "scores": self._scores}
 
     @property
     def _settings(self) -> dict[str, str]:

@@ -363,6 +363,33 @@ def test_a_state_of_other_settings_is_refused() -> None:
         OnlineFilter(capacity=10, image_duplicate="drop").load_state_dict(state)
 
 
+@pytest.mark.parametrize("name", ["settings", "counts", "images", "captions", "samples", "scores"])
+def test_what_is_not_a_whole_state_is_refused_and_changes_nothing(name: str) -> None:
+    stage = OnlineFilter(capacity=10)
+    list(stage(stream(5)))
+    state = stage.state_dict()
+    cut, other = {n: value for n, value in state.items() if n != name}, OnlineFilter(capacity=10)
+    with pytest.raises(ConfigError, match=f"not a state of OnlineFilter, it has no {name}; give what its state_dict"):
+        other.load_state_dict(cut)
+    assert other.counts["read"] == 0
+    with pytest.raises(ConfigError, match="not a state of OnlineFilter, it has no captions"):
+        other.load_state_dict({})
+
+
+def test_a_state_is_that_of_its_process(caplog: pytest.LogCaptureFixture) -> None:
+    stage = OnlineFilter(capacity=10)
+    list(stage(stream(5, captions=1)))
+    caplog.clear()
+    state = stage.state_dict()
+    assert caplog.messages == []
+    pickle.loads(pickle.dumps(stage)).state_dict()  # as when a worker read with a copy of it
+    OnlineFilter(capacity=10).state_dict()
+    assert [m[:74] for m in caplog.messages] == [
+        "the state of an online filter that read no sample in this process: where a"
+    ] * 2
+    assert state["counts"]["read"] == 5
+
+
 def test_a_stage_is_pickled_with_what_it_remembers() -> None:
     samples = stream(40, seed=3)
     stage = OnlineFilter(capacity=100)
