@@ -29,6 +29,17 @@ class Recent:
         self._rows: OrderedDict[bytes, int] = OrderedDict()
         self._keys: list[bytes] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the rows that hold nothing."""
+        return self.__dict__ | {"_columns": {name: column[: len(self)] for name, column in self._columns.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for name, held in self._columns.items():
+            column = np.zeros((self.capacity, *held.shape[1:]), held.dtype)
+            column[: len(held)] = held
+            self._columns[name] = column
+
     def __len__(self) -> int:
         return len(self._keys)
 
