@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -36,6 +37,7 @@ Sample = dict[str, Any]
 
 _ACTION = {"record": KEEP, "mask": MASK, "drop": DROP}
 _MOST = 1 << 31
+_QUERY = re.compile(r"\?[^\s'\"|]*")  # in a command
 _READ = ("input.caption", "input.caption_field", "input.uid_field", "input.max_pixels", "input.max_bytes")
 _COMPARED = ("images.hash", "images.hash_radius", "images.decode")
 _SCORED = ("model", "denoiser", "lora", "lora_scale", "mode", "seeds", "steps", "guidance", "dtype")
@@ -66,7 +68,8 @@ class OnlineFilter:
     so that what is repeated much stays; an image with its caption and its sample takes about 700 bytes.  A copy of a
     forgotten image passes.  A sample that comes again with the same bytes, as in the next epoch, is itself and keeps
     its verdict for as long as it is remembered; beyond that it is judged as new, and counted again.  A key that is
-    repeated within a shard, which a run calls bad, looks the same.
+    repeated within a shard, which a run calls bad, looks the same.  Shards are told apart by their URLs, or commands of
+    `pipe:`, without queries, which signing changes; a command that changes otherwise is another shard.
 
     A sample that comes with weight 0 does not train: it passes with no reasons and no magnitude (NaN), is no copy and
     has none, with both its counts 1, and is a `mask` of `counts`.  One that trained before leaves its image and its
@@ -398,7 +401,13 @@ class _Waiting:
                 "a sample has no __url__; put OnlineFilter right after the shards are read, before any map"
             )
         url, key = sample["__url__"], sample["__key__"]
-        place = f"{url.split('?')[0].split('#')[0] if SCHEME.match(url) else url}/{key}"
+        for name, value in (("__url__", url), ("__key__", key)):
+            if not isinstance(value, str):
+                raise ConfigError(
+                    f"{url}/{key}: its {name} is of type {type(value).__name__}, not a text; put OnlineFilter right "
+                    "after the shards are read, or make it one"
+                )
+        place = f"{_stable(url)}/{key}"
         identity, members = xxhash.xxh3_128(place.encode("utf-8", "surrogatepass")), []
         for suffix, data in sample.items():
             if suffix in (*SUFFIXES, "txt", "json"):
@@ -409,6 +418,13 @@ class _Waiting:
                 identity.update(data)
                 members.append(_Member(key.encode("utf-8", "surrogateescape"), suffix, data))
         return cls(sample, place, identity.digest(), members, _weight(sample.get("loss_weight", 1.0), place))
+
+
+def _stable(url: str) -> str:
+    """Return a URL, or the command of a `pipe:`, without what changes as it is signed anew; a file's path as it is."""
+    if url.startswith("pipe:"):
+        return _QUERY.sub("", url)
+    return url.split("?")[0].split("#")[0] if SCHEME.match(url) else url
 
 
 def _weight(given: Any, place: str) -> float:

@@ -308,6 +308,25 @@ def test_a_second_epoch_has_the_verdicts_of_the_first_in_any_order() -> None:
     assert all(s["image_count"] == last[s["duplicate_of"] or f"{s['__url__']}/{s['__key__']}"] for s in second.values())
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://host/{}.tar?sig={}&x=1#part", "https://host/{}.tar"),
+        ("pipe:curl -s 'https://host/{}.tar?sig={}&x=1' | zstd -d", "pipe:curl -s 'https://host/{}.tar' | zstd -d"),
+        ('pipe:curl -s "https://host/{}.tar?sig={}"', 'pipe:curl -s "https://host/{}.tar"'),
+        ("pipe:curl -s https://host/{}.tar?sig={}|zstd -d", "pipe:curl -s https://host/{}.tar|zstd -d"),
+    ],
+)
+def test_urls_that_are_signed_anew_name_the_same_shards(url: str, shown: str) -> None:
+    stage = OnlineFilter()
+    for epoch in range(2):  # the same key in two shards
+        first, other = ({**stream(1)[0], "__url__": url.format(shard, epoch)} for shard in "ab")
+        found = list(stage([first, other]))
+        assert [s["loss_weight"] for s in found] == [1.0, 0.0]
+        assert found[1]["duplicate_of"] == shown.format("a") + "/0"
+        assert found[1]["image_count"] == 2
+
+
 def test_a_sample_is_never_its_own_duplicate_and_a_forgotten_image_passes_again() -> None:
     one, other, third = (
         {"__key__": str(i), "__url__": "a.tar", "jpg": encoded(picture(i)), "txt": words(i).encode()} for i in range(3)
@@ -397,6 +416,16 @@ def test_a_stage_is_pickled_with_what_it_remembers() -> None:
     assert verdicts(stage(copies(samples[:20]))) == head
     moved = pickle.loads(pickle.dumps(stage))
     assert verdicts(moved(copies(samples[20:]))) == verdicts(stage(copies(samples[20:])))
+
+
+def test_a_pickle_is_of_the_size_of_what_is_remembered() -> None:
+    stage = OnlineFilter(capacity=1_000_000)
+    list(stage(stream(20)))
+    data = pickle.dumps(stage)
+    assert len(data) < 20_000
+    moved = pickle.loads(data)
+    assert verdicts(moved(stream(60))) == verdicts(stage(stream(60)))  # there is room for more
+    assert moved.counts == stage.counts
 
 
 def test_each_worker_of_a_loader_finds_the_copies_of_its_own_shards(tmp_path: Path) -> None:
@@ -566,6 +595,10 @@ def test_samples_that_are_not_as_they_were_read_are_refused() -> None:
         list(OnlineFilter()([{"__key__": "0", "jpg": b""}]))
     with pytest.raises(ConfigError, match=r"a.tar/0: its jpg is a Image, not bytes; put OnlineFilter before decode"):
         list(OnlineFilter()([{"__key__": "0", "__url__": "a.tar", "jpg": picture(1)}]))
+    with pytest.raises(ConfigError, match=r"^a.tar/7: its __key__ is of type int, not a text; put OnlineFilter right"):
+        list(OnlineFilter()([{"__key__": 7, "__url__": "a.tar", "jpg": b""}]))
+    with pytest.raises(ConfigError, match=r"^a.tar/7: its __url__ is of type PosixPath, not a text"):
+        list(OnlineFilter()([{"__key__": "7", "__url__": Path("a.tar"), "jpg": b""}]))
 
 
 @pytest.mark.parametrize(
