@@ -129,7 +129,8 @@ class OnlineFilter:
     def __call__(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         """Yield the samples that are kept or masked, in their order; they are read some ahead, but judged one by one.
 
-        Raises ConfigError for samples without `__url__`, or whose members are no longer bytes.
+        Raises ConfigError for samples without texts as `__url__` and `__key__`, whose members are no longer bytes, or
+        whose weight is no number of 0 or more.
         """
         before, waiting = Counter(self._counts), list[_Waiting]()
         try:

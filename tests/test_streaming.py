@@ -490,8 +490,9 @@ def test_a_sample_that_does_not_train_is_the_first_of_nothing() -> None:
     assert list(stage([{"__key__": "bad", "__url__": "a.tar", "jpg": b"bad", "loss_weight": 0.0}])) == []
 
 
-def test_one_copy_trains_whatever_weights_change_between_epochs() -> None:
-    stage = OnlineFilter()
+@pytest.mark.parametrize("quality", [[90, 90, 90], [90, 80, 60]])
+def test_one_copy_trains_whatever_weights_change_between_epochs(quality: list[int]) -> None:
+    stage, data = OnlineFilter(), [encoded(picture(1), quality=q) for q in quality]
     for weights, wanted in (
         ([1, 1, 1], [1, 0, 0]),
         ([0, 1, 1], [0, 1, 0]),  # the first leaves its image to the second
@@ -502,7 +503,8 @@ def test_one_copy_trains_whatever_weights_change_between_epochs() -> None:
         ([0, 0, 0], [0, 0, 0]),
         ([0, 0, 0.5], [0, 0, 0.5]),
     ):
-        assert [s["loss_weight"] for s in stage(same(3, weights))] == wanted, weights
+        samples = [{**s, "jpg": jpg} for s, jpg in zip(same(3, weights), data, strict=True)]
+        assert [s["loss_weight"] for s in stage(samples)] == wanted, weights
 
 
 def test_a_caption_is_left_to_the_next_sample_too() -> None:
