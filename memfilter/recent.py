@@ -29,6 +29,17 @@ class Recent:
         self._rows: OrderedDict[bytes, int] = OrderedDict()
         self._keys: list[bytes] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the rows that hold nothing."""
+        return self.__dict__ | {"_columns": {name: column[: len(self)] for name, column in self._columns.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for name, held in self._columns.items():
+            column = np.zeros((self.capacity, *held.shape[1:]), held.dtype)
+            column[: len(held)] = held
+            self._columns[name] = column
+
     def __len__(self) -> int:
         return len(self._keys)
 
@@ -59,6 +70,14 @@ class Recent:
             self._keys[row] = key
         self._rows[key] = row
         self.added += 1
+        for name, value in values.items():
+            self._columns[name][row] = value
+        return row
+
+    def put(self, key: bytes, **values: Any) -> int:
+        """Return the row of a key, known or new, with these values, all that a row has."""
+        if (row := self.meet(key)) is None:
+            return self.add(key, **values)
         for name, value in values.items():
             self._columns[name][row] = value
         return row

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -36,6 +37,7 @@ Sample = dict[str, Any]
 
 _ACTION = {"record": KEEP, "mask": MASK, "drop": DROP}
 _MOST = 1 << 31
+_QUERY = re.compile(r"\?[^\s'\"|]*")  # in a command
 _READ = ("input.caption", "input.caption_field", "input.uid_field", "input.max_pixels", "input.max_bytes")
 _COMPARED = ("images.hash", "images.hash_radius", "images.decode")
 _SCORED = ("model", "denoiser", "lora", "lora_scale", "mode", "seeds", "steps", "guidance", "dtype")
@@ -49,7 +51,7 @@ class OnlineFilter:
     It stands right after the shards are read: it takes the members' bytes, `__key__` and `__url__`.  Each sample is
     signed as a run signs it and gets
 
-    * `loss_weight`: 1.0, or 0.0 where it is masked (times the weight that it came with), a Python float;
+    * `loss_weight`: 1.0, or 0.0 where it is masked, times the weight that it came with, a Python float;
     * `reasons`: codes as in the manifest, of `exact_duplicate`, `hash_duplicate`, `blank_duplicate`,
       `caption_duplicate` and `magnitude`;
     * `image_count` and `caption_count`: how many samples of its image and its caption there were so far, itself too;
@@ -58,19 +60,26 @@ class OnlineFilter:
 
     What differs from a run: the first copy that comes is the one kept, as a stream cannot know of a better one; there
     are no edges by embedding, and captions repeat where their normal forms are equal, without the wider tiers; bad
-    samples never come out, as nothing could decode them, and are counted by their cause.  `counts` tells what became
-    of how many samples and for which reasons; each pass over the stream logs its own at INFO.
+    samples never come out, as nothing could decode them, and are counted by their cause, the first, tenth, hundredth
+    and so on of a process with a warning.  `counts` tells what became of how many samples and for which reasons; each
+    pass over the stream logs its own at INFO.
 
     At most `capacity` images, captions and samples are remembered each; those go first that were not met for longest,
     so that what is repeated much stays; an image with its caption and its sample takes about 700 bytes.  A copy of a
-    forgotten image passes.  A sample that comes again with the same
-    bytes, as in the next epoch, is itself and keeps its verdict for as long as it is remembered; beyond that it is
-    judged as new, and counted again.  A key that is repeated within a shard, which a run calls bad, looks the same.
+    forgotten image passes.  A sample that comes again with the same bytes, as in the next epoch, is itself and keeps
+    its verdict for as long as it is remembered; beyond that it is judged as new, and counted again.  A key that is
+    repeated within a shard, which a run calls bad, looks the same.  Shards are told apart by their URLs, or commands of
+    `pipe:`, without queries, which signing changes; a command that changes otherwise is another shard.
+
+    A sample that comes with weight 0 does not train: it passes with no reasons and no magnitude (NaN), is no copy and
+    has none, with both its counts 1, and is a `mask` of `counts`.  One that trained before leaves its image and its
+    caption to the next copy that trains; what such a change concerns is judged as new.  So `Manifest.attach` belongs
+    before this stage: what it masks behind it may be the only copy that was kept here.
 
     Each worker of a loader, and each rank, has a memory of its own and sees no shard but its own: copies in other
     shards than its own stay unfound.  One worker that reads all shards finds them; so does a run.  Workers that are
     started anew in each epoch begin with what the stage holds in the main process, unless the loader is told
-    `persistent_workers=True`.
+    `persistent_workers=True`.  `counts` and `state_dict` are those of the process that asks.
     """
 
     def __init__(
@@ -120,7 +129,8 @@ class OnlineFilter:
     def __call__(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         """Yield the samples that are kept or masked, in their order; they are read some ahead, but judged one by one.
 
-        Raises ConfigError for samples without `__url__`, or whose members are no longer bytes.
+        Raises ConfigError for samples without texts as `__url__` and `__key__`, whose members are no longer bytes, or
+        whose weight is no number of 0 or more.
         """
         before, waiting = Counter(self._counts), list[_Waiting]()
         try:
@@ -141,9 +151,9 @@ class OnlineFilter:
         self._sign([w for w in waiting if w.identity not in self._samples])
         for w in waiting:
             row = self._samples.meet(w.identity)
-            if row is None:
+            if row is None or self._is_outdated(w, row):
                 row = self._enter(w)
-            if row is not None and self._judge(w.sample, row):
+            if row is not None and self._judge(w, row):
                 yield w.sample
             w.signature = None  # large
 
@@ -155,10 +165,10 @@ class OnlineFilter:
             w.signature = self._signer.read(w.place, 0, w.members)[1]
         good = [w for w in waiting if w.signature and "bad" not in w.signature]
         self._signer.finish([w.signature for w in good if w.signature])
-        if self._scorer and good:
-            for w, magnitude in zip(
-                good, self._score([w.signature["caption"] for w in good if w.signature]), strict=True
-            ):
+        trained = [w for w in good if w.weight]
+        if self._scorer and trained:
+            magnitudes = self._score([w.signature["caption"] for w in trained if w.signature])
+            for w, magnitude in zip(trained, magnitudes, strict=True):
                 w.magnitude = magnitude
 
     def _score(self, captions: list[str]) -> list[float]:
@@ -180,6 +190,14 @@ class OnlineFilter:
 
     # -- what becomes of it --
 
+    def _is_outdated(self, waiting: _Waiting, row: int) -> bool:
+        """Tell whether a verdict is of a time when this sample, or the one it was compared with, had another weight."""
+        image, caption = int(self._samples["image"][row]), int(self._samples["caption"][row])
+        if not waiting.weight or image < 0:
+            return bool(waiting.weight) == (image < 0)
+        alone = self._samples["repeats"][row] and not self._captions["place"][caption]
+        return bool(alone or not self._images["place"][image])
+
     def _enter(self, waiting: _Waiting) -> int | None:
         """Return the row of a new sample, compared with what came before it; None for a bad one."""
         if waiting.signature is None:  # remembered when it was read ahead, forgotten since
@@ -188,15 +206,24 @@ class OnlineFilter:
         assert signature
         if "bad" in signature:
             self._counts.update(["read", "bad", signature["bad"]])
+            if str(self._counts["bad"]).strip("0") == "1":  # 1, 10, 100, ...
+                message = "%s: left out as bad, %s: %s; %d of %d samples so far were bad"
+                told = signature["bad"], signature["detail"], self._counts["bad"], self._counts["read"]
+                log.warning(message, place, *told)
             return None
         found = recent.find_image(self._images, signature, self.config.images.hash_radius)
+        if not waiting.weight:
+            self._leave(place, found, signature["fingerprint"])
+            values = {"image": -1, "caption": -1, "method": -1, "repeats": False, "action": MASK}
+            return self._samples.put(waiting.identity, magnitude=float("nan"), **values)
         if found is None:
             image, method = recent.add_image(self._images, signature, place), -1
-        elif self._images["place"][found[0]] == place:  # itself, whose verdict was forgotten
-            image, method = found[0], -1
         else:
             image, method = found
-            self._images["count"][image] += 1
+            first = self._images["place"][image]
+            self._images["count"][image] += first != place
+            if first in ("", place):  # left by its first, or itself, whose verdict was forgotten
+                self._images["place"][image], method = place, -1
         action = _ACTION[self.policies["image_duplicate"]] if method >= 0 else KEEP
         if self._is_memorized(waiting.magnitude):
             action = max(action, _ACTION[self.policies["magnitude"]])
@@ -204,7 +231,14 @@ class OnlineFilter:
         if signature["fingerprint"] is not None:
             caption, repeats, action = self._enter_caption(signature["fingerprint"], place, image, action)
         values = {"image": image, "caption": caption, "method": method, "repeats": repeats, "action": action}
-        return self._samples.add(waiting.identity, magnitude=waiting.magnitude, **values)
+        return self._samples.put(waiting.identity, magnitude=waiting.magnitude, **values)
+
+    def _leave(self, place: str, image: tuple[int, int] | None, fingerprint: bytes | None) -> None:
+        """Let a sample that does not train be the first of neither this image nor this caption."""
+        caption = None if fingerprint is None else self._captions.meet(fingerprint)
+        for table, row in ((self._images, image and image[0]), (self._captions, caption)):
+            if row is not None and table["place"][row] == place:
+                table["place"][row] = ""
 
     def _enter_caption(self, fingerprint: bytes, place: str, image: int, action: int) -> tuple[int, bool, int]:
         """Return the row of a caption, whether a sample was kept with it before, and what now becomes of this one."""
@@ -225,22 +259,22 @@ class OnlineFilter:
     def _is_memorized(self, magnitude: float) -> bool:
         return self._threshold is not None and bool(np.float32(magnitude) >= np.float32(self._threshold.magnitude))
 
-    def _judge(self, sample: Sample, row: int) -> bool:
+    def _judge(self, waiting: _Waiting, row: int) -> bool:
         """Put its verdict into a remembered sample and count it; tell whether it stays in the stream."""
+        sample = waiting.sample
         verdict = {name: self._samples[name][row].item() for name in ("image", "caption", "method", "action")}
-        self._images.touch(verdict["image"])
-        if verdict["caption"] >= 0:
-            self._captions.touch(verdict["caption"])
+        for name, table in (("image", self._images), ("caption", self._captions)):
+            known = verdict[name] >= 0
+            sample[f"{name}_count"] = int(table["count"][verdict[name]]) if known else 1
+            if known:
+                table.touch(verdict[name])
         magnitude = float(self._samples["magnitude"][row])
         reasons = [f"{METHODS[verdict['method']]}_duplicate"] if verdict["method"] >= 0 else []
         reasons += ["caption_duplicate"] if self._samples["repeats"][row] else []
         reasons += ["magnitude"] if self._is_memorized(magnitude) else []
         self._counts.update(["read", ACTIONS[verdict["action"]], *reasons])
-        before = sample.get("loss_weight")
-        sample["loss_weight"] = float(verdict["action"] == KEEP) * (before if isinstance(before, float) else 1.0)
+        sample["loss_weight"] = waiting.weight if verdict["action"] == KEEP else 0.0
         sample["reasons"] = reasons
-        sample["image_count"] = int(self._images["count"][verdict["image"]])
-        sample["caption_count"] = int(self._captions["count"][verdict["caption"]]) if verdict["caption"] >= 0 else 1
         sample["duplicate_of"] = self._images["place"][verdict["image"]] if verdict["method"] >= 0 else ""
         if self._scorer:
             sample["magnitude"] = magnitude
@@ -284,17 +318,26 @@ class OnlineFilter:
 
         It holds tensors and plain values only.  `counts` tells the place in the stream: that many samples were `read`;
         what was read ahead of them is to be given again.
+
+        It is the state of this process, and where the workers of a loader read the samples it is none: a warning says
+        so.  Take it with `num_workers=0`, or in the worker: torchdata's StatefulDataLoader asks each worker's copy of
+        the data set for `state_dict()`, which then has to return this one too.
         """
-        tables = {"images": self._images, "captions": self._captions, "samples": self._samples, "scores": self._scores}
-        return {
-            "settings": self._settings,
-            "counts": dict(self._counts),
-            **{name: table.state() for name, table in tables.items()},
-        }
+        if "_signer" not in self.__dict__:
+            log.warning(
+                "the state of an online filter that read no sample in this process: where a loader's workers read, ask "
+                "in the worker, or set num_workers=0"
+            )
+        tables = {name: table.state() for name, table in self._tables.items()}
+        return {"settings": self._settings, "counts": dict(self._counts), **tables}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a filter with the same settings was; raises ConfigError, naming the first one that differs."""
-        own, other = self._settings, state.get("settings", {})
+        if missing := {"settings", "counts", *self._tables} - state.keys():
+            raise ConfigError(
+                f"not a state of OnlineFilter, it has no {min(missing)}; give what its state_dict() returned, whole"
+            )
+        own, other = self._settings, state["settings"]
         for name in sorted(own.keys() | other.keys()):
             if own.get(name) != other.get(name):
                 raise ConfigError(
@@ -302,9 +345,12 @@ class OnlineFilter:
                     f"{own.get(name)}; make the filter as it was, or go on without its state"
                 )
         self._counts = Counter(state["counts"])
-        tables = {"images": self._images, "captions": self._captions, "samples": self._samples, "scores": self._scores}
-        for name, table in tables.items():
+        for name, table in self._tables.items():
             table.restore(state[name])
+
+    @property
+    def _tables(self) -> dict[str, recent.Recent]:
+        return {"images": self._images, "captions": self._captions, "samples": self._samples, "scores": self._scores}
 
     @property
     def _settings(self) -> dict[str, str]:
@@ -344,6 +390,7 @@ class _Waiting:
     place: str
     identity: bytes
     members: list[_Member]
+    weight: float
     signature: dict[str, Any] | None = None
     magnitude: float = float("nan")
 
@@ -355,7 +402,13 @@ class _Waiting:
                 "a sample has no __url__; put OnlineFilter right after the shards are read, before any map"
             )
         url, key = sample["__url__"], sample["__key__"]
-        place = f"{url.split('?')[0].split('#')[0] if SCHEME.match(url) else url}/{key}"
+        for name, value in (("__url__", url), ("__key__", key)):
+            if not isinstance(value, str):
+                raise ConfigError(
+                    f"{url}/{key}: its {name} is of type {type(value).__name__}, not a text; put OnlineFilter right "
+                    "after the shards are read, or make it one"
+                )
+        place = f"{_stable(url)}/{key}"
         identity, members = xxhash.xxh3_128(place.encode("utf-8", "surrogatepass")), []
         for suffix, data in sample.items():
             if suffix in (*SUFFIXES, "txt", "json"):
@@ -365,7 +418,28 @@ class _Waiting:
                     )
                 identity.update(data)
                 members.append(_Member(key.encode("utf-8", "surrogateescape"), suffix, data))
-        return cls(sample, place, identity.digest(), members)
+        return cls(sample, place, identity.digest(), members, _weight(sample.get("loss_weight", 1.0), place))
+
+
+def _stable(url: str) -> str:
+    """Return a URL, or the command of a `pipe:`, without what changes as it is signed anew; a file's path as it is."""
+    if url.startswith("pipe:"):
+        return _QUERY.sub("", url)
+    return url.split("?")[0].split("#")[0] if SCHEME.match(url) else url
+
+
+def _weight(given: Any, place: str) -> float:
+    """Return the weight that a sample came with as a Python float; raises ConfigError where it is none."""
+    try:
+        weight = float("nan") if isinstance(given, str | bytes) else float(given)
+    except (TypeError, ValueError, RuntimeError):  # the last is torch's, of a tensor of many
+        weight = float("nan")
+    if not 0 <= weight < float("inf"):
+        raise ConfigError(
+            f"{place}: its loss_weight is {str(given)[:50]!r}, not a number of 0 or more; set one before OnlineFilter, "
+            "or none"
+        )
+    return weight
 
 
 def _threshold(config: Config, scorer: Scorer | None) -> Threshold | None:

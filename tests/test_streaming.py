@@ -186,6 +186,14 @@ def test_bad_samples_have_the_causes_of_a_run(tmp_path: Path) -> None:
     assert {cause: stage.counts[cause] for cause in causes} == {cause: causes.count(cause) for cause in causes}
 
 
+def test_bad_samples_are_told_at_the_first_and_the_tenth(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = encoded(picture(1))
+    url = write(tmp_path / "a.tar", [[(f"k{n}.img.jpg", data)] for n in range(12)])
+    assert list(read(url, OnlineFilter())) == []
+    why = "left out as bad, no_image: the sample has no image member"
+    assert caplog.messages == [f"{url}/k{n - 1}: {why}; {n} of {n} samples so far were bad" for n in (1, 10)]
+
+
 # -- the index --------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +308,25 @@ def test_a_second_epoch_has_the_verdicts_of_the_first_in_any_order() -> None:
     assert all(s["image_count"] == last[s["duplicate_of"] or f"{s['__url__']}/{s['__key__']}"] for s in second.values())
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://host/{}.tar?sig={}&x=1#part", "https://host/{}.tar"),
+        ("pipe:curl -s 'https://host/{}.tar?sig={}&x=1' | zstd -d", "pipe:curl -s 'https://host/{}.tar' | zstd -d"),
+        ('pipe:curl -s "https://host/{}.tar?sig={}"', 'pipe:curl -s "https://host/{}.tar"'),
+        ("pipe:curl -s https://host/{}.tar?sig={}|zstd -d", "pipe:curl -s https://host/{}.tar|zstd -d"),
+    ],
+)
+def test_urls_that_are_signed_anew_name_the_same_shards(url: str, shown: str) -> None:
+    stage = OnlineFilter()
+    for epoch in range(2):  # the same key in two shards
+        first, other = ({**stream(1)[0], "__url__": url.format(shard, epoch)} for shard in "ab")
+        found = list(stage([first, other]))
+        assert [s["loss_weight"] for s in found] == [1.0, 0.0]
+        assert found[1]["duplicate_of"] == shown.format("a") + "/0"
+        assert found[1]["image_count"] == 2
+
+
 def test_a_sample_is_never_its_own_duplicate_and_a_forgotten_image_passes_again() -> None:
     one, other, third = (
         {"__key__": str(i), "__url__": "a.tar", "jpg": encoded(picture(i)), "txt": words(i).encode()} for i in range(3)
@@ -324,7 +351,7 @@ def test_a_sample_is_never_its_own_duplicate_and_a_forgotten_image_passes_again(
 @pytest.mark.parametrize("capacity", [3, 8, 1000])
 def test_a_stream_that_is_cut_anywhere_goes_on_exactly(capacity: int) -> None:
     samples = stream(50, seed=2)
-    samples += samples[10:40]
+    samples += [{**s, "loss_weight": float(n % 4 > 0)} for n, s in enumerate(samples[10:40])]
     config = encoderless(magnitude={"batch_size": 7})
 
     def made() -> OnlineFilter:
@@ -355,6 +382,33 @@ def test_a_state_of_other_settings_is_refused() -> None:
         OnlineFilter(capacity=10, image_duplicate="drop").load_state_dict(state)
 
 
+@pytest.mark.parametrize("name", ["settings", "counts", "images", "captions", "samples", "scores"])
+def test_what_is_not_a_whole_state_is_refused_and_changes_nothing(name: str) -> None:
+    stage = OnlineFilter(capacity=10)
+    list(stage(stream(5)))
+    state = stage.state_dict()
+    cut, other = {n: value for n, value in state.items() if n != name}, OnlineFilter(capacity=10)
+    with pytest.raises(ConfigError, match=f"not a state of OnlineFilter, it has no {name}; give what its state_dict"):
+        other.load_state_dict(cut)
+    assert other.counts["read"] == 0
+    with pytest.raises(ConfigError, match="not a state of OnlineFilter, it has no captions"):
+        other.load_state_dict({})
+
+
+def test_a_state_is_that_of_its_process(caplog: pytest.LogCaptureFixture) -> None:
+    stage = OnlineFilter(capacity=10)
+    list(stage(stream(5, captions=1)))
+    caplog.clear()
+    state = stage.state_dict()
+    assert caplog.messages == []
+    pickle.loads(pickle.dumps(stage)).state_dict()  # as when a worker read with a copy of it
+    OnlineFilter(capacity=10).state_dict()
+    assert [m[:74] for m in caplog.messages] == [
+        "the state of an online filter that read no sample in this process: where a"
+    ] * 2
+    assert state["counts"]["read"] == 5
+
+
 def test_a_stage_is_pickled_with_what_it_remembers() -> None:
     samples = stream(40, seed=3)
     stage = OnlineFilter(capacity=100)
@@ -362,6 +416,16 @@ def test_a_stage_is_pickled_with_what_it_remembers() -> None:
     assert verdicts(stage(copies(samples[:20]))) == head
     moved = pickle.loads(pickle.dumps(stage))
     assert verdicts(moved(copies(samples[20:]))) == verdicts(stage(copies(samples[20:])))
+
+
+def test_a_pickle_is_of_the_size_of_what_is_remembered() -> None:
+    stage = OnlineFilter(capacity=1_000_000)
+    list(stage(stream(20)))
+    data = pickle.dumps(stage)
+    assert len(data) < 20_000
+    moved = pickle.loads(data)
+    assert verdicts(moved(stream(60))) == verdicts(stage(stream(60)))  # there is room for more
+    assert moved.counts == stage.counts
 
 
 def test_each_worker_of_a_loader_finds_the_copies_of_its_own_shards(tmp_path: Path) -> None:
@@ -387,6 +451,81 @@ def test_the_end_of_a_shard_passes_in_its_place_and_weights_are_multiplied() -> 
     found = list(OnlineFilter(image_duplicate="record")([*copies(samples[:2]), {}, *copies(samples[2:]), {}]))
     assert [s.get("__key__") for s in found] == ["0", "1", None, "2", "3", None]
     assert [s.get("loss_weight") for s in found] == [0.0, 0.5, None, 1.0, 1.0, None]
+
+
+@pytest.mark.parametrize("weight", [0, 0.25, np.float32(0.25), torch.tensor(0.25)])
+def test_a_weight_of_any_kind_of_number_counts(weight: Any) -> None:
+    (found,) = OnlineFilter()([{**stream(1)[0], "loss_weight": weight}])
+    assert found["loss_weight"] == float(weight)
+    assert type(found["loss_weight"]) is float
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -0.5, "0.5", b"1", None, torch.ones(2)])
+def test_a_weight_that_is_no_number_is_refused(weight: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^0\.tar/0: its loss_weight is .*, not a number of 0 or more; set one before"
+    ):
+        list(OnlineFilter()([{**stream(1)[0], "loss_weight": weight}]))
+
+
+def same(count: int, weights: Iterable[float]) -> list[dict[str, Any]]:
+    """Return samples of one image and one caption with these weights."""
+    data = encoded(picture(1))
+    made = [{"__key__": f"{n}", "__url__": "a.tar", "jpg": data, "txt": b"a house"} for n in range(count)]
+    return [{**s, "loss_weight": float(weight)} for s, weight in zip(made, weights, strict=True)]
+
+
+def test_a_sample_that_does_not_train_is_the_first_of_nothing() -> None:
+    stage = OnlineFilter(caption_duplicate="mask", image_duplicate="drop")
+    for _ in range(2):
+        found = list(stage(same(4, [0, 1, 0, 1])))
+        assert [s["loss_weight"] for s in found] == [0.0, 1.0, 0.0]
+        assert all(s["reasons"] == [] and s["duplicate_of"] == "" for s in found)
+        assert [s["image_count"] for s in found if not s["loss_weight"]] == [1, 1]
+    assert stage.counts == {
+        **{"read": 8, "keep": 2, "mask": 4, "drop": 2, "bad": 0},
+        **{"exact_duplicate": 2, "caption_duplicate": 2},
+    }
+    # nor does it come out when it is bad
+    assert list(stage([{"__key__": "bad", "__url__": "a.tar", "jpg": b"bad", "loss_weight": 0.0}])) == []
+
+
+@pytest.mark.parametrize("quality", [[90, 90, 90], [90, 80, 60]])
+def test_one_copy_trains_whatever_weights_change_between_epochs(quality: list[int]) -> None:
+    stage, data = OnlineFilter(), [encoded(picture(1), quality=q) for q in quality]
+    for weights, wanted in (
+        ([1, 1, 1], [1, 0, 0]),
+        ([0, 1, 1], [0, 1, 0]),  # the first leaves its image to the second
+        ([0, 1, 1], [0, 1, 0]),
+        ([1, 1, 1], [0, 1, 0]),  # and finds it taken
+        ([1, 0, 0], [0, 0, 0]),  # only behind it is its image free
+        ([1, 0, 0], [1, 0, 0]),
+        ([0, 0, 0], [0, 0, 0]),
+        ([0, 0, 0.5], [0, 0, 0.5]),
+    ):
+        samples = [{**s, "jpg": jpg} for s, jpg in zip(same(3, weights), data, strict=True)]
+        assert [s["loss_weight"] for s in stage(samples)] == wanted, weights
+
+
+def test_a_caption_is_left_to_the_next_sample_too() -> None:
+    stage = OnlineFilter(caption_duplicate="mask")
+    samples = [{**s, "jpg": encoded(picture(n))} for n, s in enumerate(same(3, [1, 1, 1]))]
+    assert [s["loss_weight"] for s in stage(copies(samples))] == [1.0, 0.0, 0.0]
+    samples[0]["loss_weight"] = 0.0
+    for _ in range(2):
+        assert [s["loss_weight"] for s in stage(copies(samples))] == [0.0, 1.0, 0.0]
+    samples[0]["loss_weight"] = 1.0
+    assert [s["loss_weight"] for s in stage(copies(samples))] == [0.0, 1.0, 0.0]
+
+
+def test_every_image_trains_behind_a_manifest_that_keeps_another_copy(tmp_path: Path) -> None:
+    small, large = encoded(picture(1, 48, 40)), encoded(picture(1, 192, 160))
+    url = write(tmp_path / "in" / "a.tar", [sample("0", small, "a house"), sample("1", large, "a house in a wood")])
+    manifest = memfilter.run([url], tmp_path / "out", encoderless(output={"shards": False}), workers=1)
+    assert [manifest.weight("a.tar", key) for key in "01"] == [0.0, 1.0]
+    stage = OnlineFilter()
+    for _ in range(2):
+        assert [s["loss_weight"] for s in read(url, manifest.attach(), stage)] == [0.0, 1.0]
 
 
 # -- magnitudes -------------------------------------------------------------------------------------------------------
@@ -458,6 +597,10 @@ def test_samples_that_are_not_as_they_were_read_are_refused() -> None:
         list(OnlineFilter()([{"__key__": "0", "jpg": b""}]))
     with pytest.raises(ConfigError, match=r"a.tar/0: its jpg is a Image, not bytes; put OnlineFilter before decode"):
         list(OnlineFilter()([{"__key__": "0", "__url__": "a.tar", "jpg": picture(1)}]))
+    with pytest.raises(ConfigError, match=r"^a.tar/7: its __key__ is of type int, not a text; put OnlineFilter right"):
+        list(OnlineFilter()([{"__key__": 7, "__url__": "a.tar", "jpg": b""}]))
+    with pytest.raises(ConfigError, match=r"^a.tar/7: its __url__ is of type PosixPath, not a text"):
+        list(OnlineFilter()([{"__key__": "7", "__url__": Path("a.tar"), "jpg": b""}]))
 
 
 @pytest.mark.parametrize(
