@@ -95,7 +95,7 @@ def write(path: Path, rows: int) -> None:
 
 
 def opened(path: Path, rows: int) -> Manifest:
-    shards = [{"name": shard_name(i)} for i in range(-(-rows // PER_SHARD))]
+    shards = [{"name": shard_name(i), "bytes": None} for i in range(-(-rows // PER_SHARD))]
     return Manifest(path, {"config": Config().model_dump(mode="json"), "shards": shards}, None)
 
 
@@ -109,7 +109,7 @@ def measure(path: Path, rows: int, workers: int, work: Callable[..., Any] | None
     ]
     for process in processes:
         process.start()
-    results = [found.get() for _ in processes]
+    results = [found.get(timeout=600) for _ in processes]
     for process in processes:
         process.join()
     return results
