@@ -19,6 +19,7 @@ from memfilter.magnitude import Scorer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import filtered
 import magnitudes
 import train_demo_model
 import train_magnitude_model
@@ -52,6 +53,24 @@ def test_a_model_is_trained_on_them_and_saved_in_float32(tmp_path: Path) -> None
     assert np.isfinite(scorer.score([planted[0].caption, planted[2].caption])).all()
     weights = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.float32}
+
+
+def test_a_run_drops_or_masks_all_copies_that_the_arms_are_not_to_learn(tmp_path: Path) -> None:
+    planted = train_magnitude_model.samples(repeated=2, once=6, ordinary=6)
+    for arm in filtered.ARMS[1:]:
+        weights = filtered.filtered(arm, planted, tmp_path / arm)
+        kept = [(planted[i].kind, planted[i].caption) for i in np.flatnonzero(weights)]
+        assert len(kept) == len({*kept}) == 14
+    # under the mask a step's loss is that of the samples that are kept alone: here of none
+    for weight in (0.0, 1.0):
+        folder = tmp_path / str(weight)
+        folder.mkdir()
+        masked = torch.full((len(planted),), weight)
+        train_demo_model.make(planted, 2, folder / "model", folder / "training.pt", torch.float32, None, masked)
+    one, other = (
+        load_file(tmp_path / name / "model" / "unet" / "diffusion_pytorch_model.safetensors") for name in ("0.0", "1.0")
+    )
+    assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_evaluation_of_a_trained_model(tmp_path: Path) -> None:
