@@ -418,7 +418,8 @@ class _Waiting:
                     )
                 identity.update(data)
                 members.append(_Member(key.encode("utf-8", "surrogateescape"), suffix, data))
-        return cls(sample, place, identity.digest(), members, _weight(sample.get("loss_weight", 1.0), place))
+        # a copy: one that comes again, from a list, must not come with the weight that it got
+        return cls(dict(sample), place, identity.digest(), members, _weight(sample.get("loss_weight", 1.0), place))
 
 
 def _stable(url: str) -> str:

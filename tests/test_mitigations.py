@@ -334,6 +334,16 @@ def test_a_stream_without_an_end_draws_anew_where_its_first_sample_comes_again(r
     assert max(seen.values()) < 60
 
 
+def test_samples_in_memory_keep_their_captions(run: Manifest) -> None:
+    samples = list(wds.WebDataset(shards_of(run.path / "shards"), shardshuffle=False).decode(partial=True))
+    stage, own = Mitigation(RandomTokens(TOKENS, 1)), [(s["txt"], set(s)) for s in samples]
+    for _ in range(2):
+        assert all(
+            len(s["txt"].split()) == len(text.split()) + 2 for s, (text, _) in zip(stage(samples), own, strict=True)
+        )
+    assert [(s["txt"], set(s)) for s in samples] == own
+
+
 def test_a_stream_that_repeats_counts_its_passes(run: Manifest, expected: list[list[Row]]) -> None:
     seen = list(stream(run)[0].repeat(3))
     assert [rows(seen[24 * i : 24 * i + 24]) for i in range(3)] == expected

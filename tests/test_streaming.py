@@ -90,6 +90,15 @@ def encoderless(**sections: Any) -> Config:
 # -- what is found ----------------------------------------------------------------------------------------------------
 
 
+def test_samples_in_memory_stay_as_they_are_and_get_the_same_verdicts_again(tmp_path: Path) -> None:
+    samples, stage = list(read(write(tmp_path / "a.tar", planted()))), OnlineFilter()
+    names = [set(s) for s in samples]
+    first, second = ([(*v[:4],) for v in verdicts(stage(samples))] for _ in range(2))
+    assert first == second
+    assert [weight for _, weight, *_ in first] == [weight for weight, *_ in TRUTH.values()]
+    assert [set(s) for s in samples] == names
+
+
 def test_planted_duplicates_are_masked_with_their_reasons(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     url = write(tmp_path / "a.tar", planted())
     stage = OnlineFilter()

@@ -169,6 +169,7 @@ class Mitigation:
         epoch, first, seen, pooled = self._next_epoch(place), None, 0, 0
         for sample in samples:
             if "__key__" in sample:  # webdataset marks the end of a shard by an empty sample
+                sample = dict(sample)  # one that comes again, from a list, comes with its own caption
                 name = (*_place(sample), self._text(sample))
                 if name == first:
                     epoch = self._next_epoch(place)
