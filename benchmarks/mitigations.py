@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from environment import write_result
-from training import BATCH, SIDE, WIDTH, make_steps, measure
+from training import BATCH, SIDE, WIDTH, make_steps, measure, small_unet
 
 from memfilter.training import (
     GeneralCaption,
@@ -73,19 +72,6 @@ def main() -> None:
         },
     }
     write_result(result, given.json)
-
-
-def small_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=SIDE,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        cross_attention_dim=WIDTH,
-        norm_num_groups=8,
-        attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
 
 
 def stage_of(changes: list[Any]) -> Callable[[], object]:

@@ -35,16 +35,7 @@ def main() -> None:
     given = arguments.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=SIDE,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        cross_attention_dim=WIDTH,
-        norm_num_groups=8,
-        attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
+    unet = small_unet()
     steps = make_steps(unet)
     for step in steps.values():
         step()
@@ -66,6 +57,19 @@ def main() -> None:
         "parts_of_a_plain_step": {name: round(s / plain_step, 5) for name, s in measure_parts().items()},
     }
     write_result(result, given.json)
+
+
+def small_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SIDE,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        norm_num_groups=8,
+        attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
 
 
 def make_steps(unet: UNet2DConditionModel) -> dict[str, Callable[[], None]]:

@@ -5,7 +5,6 @@ All are picklable callables.  The look-up file is opened in the process that fir
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -112,7 +111,8 @@ class Attach(_Weights):
         """Return what a sample gets: `loss_weight` and, where they are asked for, `mitigate` and `captions`."""
         if "__url__" not in sample:
             raise ConfigError("a sample has no __url__; put attach() right after the shards are read, before any map")
-        shard, key, earlier = self._shard(sample["__url__"]), sample["__key__"], _earlier_weight(sample)
+        shard, key = self._shard(sample["__url__"]), sample["__key__"]
+        earlier = carried_weight(sample)
         place = -1 if shard is None else self.manifest.place(shard, key)
         found: dict[str, Any] = {"mitigate": False} if self.mitigates else {}
         if shard is None or place < 0:
@@ -130,16 +130,21 @@ class Attach(_Weights):
         return {"loss_weight": earlier * weight, **found}
 
 
-def _earlier_weight(sample: Mapping[str, Any]) -> float:
-    """Return the weight with which a sample came, 1 for none; raises ConfigError for what is no weight."""
-    weight = sample.get("loss_weight", 1.0)
-    with contextlib.suppress(TypeError, ValueError):
-        if not isinstance(weight, str | bytes) and 0 <= float(weight) < float("inf"):
-            return float(weight)
-    raise ConfigError(
-        f"{sample['__url__']}: the sample {sample['__key__']!r} has the loss_weight {weight!r} already, and it is no "
-        "finite number of 0 or more"
-    )
+def carried_weight(sample: Mapping[str, Any]) -> float:
+    """Return the `loss_weight` that a sample comes with, 1 for none; raises ConfigError for what is no weight."""
+    if "loss_weight" not in sample:
+        return 1.0
+    given = sample["loss_weight"]
+    try:
+        weight = float("nan") if isinstance(given, str | bytes) else float(given)
+    except (TypeError, ValueError, RuntimeError):  # the last is torch's, of a tensor of many
+        weight = float("nan")
+    if not 0 <= weight < float("inf"):
+        raise ConfigError(
+            f"{sample.get('__url__', 'batch')}: sample {sample.get('__key__')!r} comes with the loss_weight "
+            f"{str(given)[:50]!r}, which is no finite number of 0 or more; set one before, or none"
+        )
+    return weight
 
 
 class Weigh(_Weights):
@@ -176,7 +181,7 @@ class Collate(_Weights):
 
         weighed = sum("loss_weight" in sample for sample in samples)
         if weighed == len(samples):
-            found: dict[str, Any] = {"loss_weight": np.array([float(s["loss_weight"]) for s in samples], np.float32)}
+            found: dict[str, Any] = {"loss_weight": np.array([carried_weight(s) for s in samples], np.float32)}
         elif weighed:
             raise ConfigError(
                 f"{weighed} of a batch's {len(samples)} samples have a loss_weight: give it to all or none"

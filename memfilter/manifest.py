@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -480,8 +481,16 @@ class Manifest:
         return {}
 
 
+_QUERY = re.compile(r"\?[^\s'\"|]*")  # in a command
+
+
 def path_of(url: str) -> str:
-    """Return a URL without query and fragment, and of a file's its path, in which `?` and `#` are letters."""
+    """Return a URL without query and fragment, a `pipe:` command without queries, which change as they are signed anew.
+
+    Of a file it is the path, in which `?` and `#` are letters.
+    """
+    if url.startswith("pipe:"):
+        return _QUERY.sub("", url)
     local = url.removeprefix("file://").removeprefix("file:")
     return url.split("?")[0].split("#")[0] if SCHEME.match(local) else local
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -23,8 +22,9 @@ from .captions import FORMS
 from .config import Config, Policy, SavedThreshold
 from .errors import ConfigError
 from .images import SUFFIXES
+from .loader import carried_weight
+from .manifest import path_of
 from .records import ACTIONS, DROP, KEEP, MASK, METHODS
-from .shards import SCHEME
 from .signatures import Signer, check_hash, versions
 from .thresholds import Threshold
 
@@ -37,7 +37,6 @@ Sample = dict[str, Any]
 
 _ACTION = {"record": KEEP, "mask": MASK, "drop": DROP}
 _MOST = 1 << 31
-_QUERY = re.compile(r"\?[^\s'\"|]*")  # in a command
 _READ = ("input.caption", "input.caption_field", "input.uid_field", "input.max_pixels", "input.max_bytes")
 _COMPARED = ("images.hash", "images.hash_radius", "images.decode")
 _SCORED = ("model", "denoiser", "lora", "lora_scale", "mode", "seeds", "steps", "guidance", "dtype")
@@ -408,7 +407,7 @@ class _Waiting:
                     f"{url}/{key}: its {name} is of type {type(value).__name__}, not a text; put OnlineFilter right "
                     "after the shards are read, or make it one"
                 )
-        place = f"{_stable(url)}/{key}"
+        place = f"{path_of(url)}/{key}"
         identity, members = xxhash.xxh3_128(place.encode("utf-8", "surrogatepass")), []
         for suffix, data in sample.items():
             if suffix in (*SUFFIXES, "txt", "json"):
@@ -419,28 +418,7 @@ class _Waiting:
                 identity.update(data)
                 members.append(_Member(key.encode("utf-8", "surrogateescape"), suffix, data))
         # a copy: one that comes again, from a list, must not come with the weight that it got
-        return cls(dict(sample), place, identity.digest(), members, _weight(sample.get("loss_weight", 1.0), place))
-
-
-def _stable(url: str) -> str:
-    """Return a URL, or the command of a `pipe:`, without what changes as it is signed anew; a file's path as it is."""
-    if url.startswith("pipe:"):
-        return _QUERY.sub("", url)
-    return url.split("?")[0].split("#")[0] if SCHEME.match(url) else url
-
-
-def _weight(given: Any, place: str) -> float:
-    """Return the weight that a sample came with as a Python float; raises ConfigError where it is none."""
-    try:
-        weight = float("nan") if isinstance(given, str | bytes) else float(given)
-    except (TypeError, ValueError, RuntimeError):  # the last is torch's, of a tensor of many
-        weight = float("nan")
-    if not 0 <= weight < float("inf"):
-        raise ConfigError(
-            f"{place}: its loss_weight is {str(given)[:50]!r}, not a number of 0 or more; set one before OnlineFilter, "
-            "or none"
-        )
-    return weight
+        return cls(dict(sample), place, identity.digest(), members, carried_weight(sample))
 
 
 def _threshold(config: Config, scorer: Scorer | None) -> Threshold | None:

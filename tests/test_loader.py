@@ -268,9 +268,11 @@ def test_a_weight_that_a_sample_carries_is_multiplied(run: Manifest, expected: d
         assert {type(weight) for weight in found} == {float}
     stranger = {"__key__": "new", "__url__": rows[0]["__url__"], "loss_weight": 0.25}
     assert next(run.attach("keep")([stranger]))["loss_weight"] == 0.25
-    for wrong in (-1.0, float("nan"), float("inf"), "1", b"1", None, [1.0]):
-        with pytest.raises(ConfigError, match=r"00000\.tar: the sample 'x/00' has the loss_weight .* already"):
+    for wrong in (-1.0, float("nan"), float("inf"), "1", b"1", None, [1.0], torch.ones(2)):
+        with pytest.raises(ConfigError, match=r"00000\.tar: sample 'x/00' comes with the loss_weight .*, which is no"):
             list(stage([{**rows[0], "loss_weight": wrong}]))
+        with pytest.raises(ConfigError, match=r"'x/00' comes with the loss_weight"):
+            run.collate()([{**rows[0], "loss_weight": wrong}])
 
 
 def test_pipes_name_shards_of_the_manifest(run: Manifest) -> None:

@@ -472,7 +472,7 @@ def test_a_weight_of_any_kind_of_number_counts(weight: Any) -> None:
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), -0.5, "0.5", b"1", None, torch.ones(2)])
 def test_a_weight_that_is_no_number_is_refused(weight: Any) -> None:
     with pytest.raises(
-        ConfigError, match=r"^0\.tar/0: its loss_weight is .*, not a number of 0 or more; set one before"
+        ConfigError, match=r"^0\.tar: sample '0' comes with the loss_weight .*, which is no finite number of 0 or more"
     ):
         list(OnlineFilter()([{**stream(1)[0], "loss_weight": weight}]))
 

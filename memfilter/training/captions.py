@@ -19,6 +19,7 @@ import torch
 
 from ..errors import ConfigError, RunError, in_one_line
 from ..insertions import insert_tokens, random_caption, repeat_words, seeded
+from ..manifest import path_of
 
 log = logging.getLogger(__name__)
 
@@ -204,8 +205,7 @@ class Mitigation:
 
 def _place(sample: dict[str, Any]) -> tuple[str, str]:
     """Return the base name of a sample's shard, and its key."""
-    url = str(sample.get("__url__", ""))
-    return url.split("?")[0].split("#")[0].rsplit("/", 1)[-1], sample["__key__"]
+    return path_of(str(sample.get("__url__", ""))).rsplit("/", 1)[-1], sample["__key__"]
 
 
 def _passing(caption: str, pool: Sequence[str], seed: int) -> str:
