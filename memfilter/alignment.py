@@ -8,6 +8,7 @@ map (Baker and Matthews 2004, forward compositional) that let text and borders g
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,34 +45,67 @@ def _turns_and_shifts() -> npt.NDArray[np.float64]:
 _SIZES, _OTHERS = _sizes(), _turns_and_shifts()
 
 
-def align(thumbnails: npt.NDArray[np.uint8], a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> _Float:
-    """Return of each pair (a, b) of the (N, 32, 32) grey thumbnails the evidence of its best alignment, from 0 to 1.
+METHOD = "alignment-2"
+"""Names how evidence is found."""
 
-    It is (e(f) + 0.4 e(m)) t sqrt(s) / 3, at most 1, with e(r) = -ln(1 - r^2), where f is the correlation of the two's
+
+@dataclass(frozen=True)
+class Alignment:
+    """How the pictures of some pairs (a, b) lie on each other best, and the evidence of it from 0 to 1.
+
+    `affine` (pairs, 6) takes a place (y, x) of the smaller picture, from -1/2 to 1/2, to the larger one's, from 0 to 1:
+    y' = affine[0] + affine[1] y + affine[2] x, and x' likewise.  The smaller one is b, or a where `turned`; b is taken
+    as its mirror image where `mirrored`.
+    """
+
+    evidence: _Float
+    affine: npt.NDArray[np.float64]
+    mirrored: npt.NDArray[np.bool_]
+    turned: npt.NDArray[np.bool_]
+
+    def of(self, pairs: npt.NDArray[np.int64]) -> Alignment:
+        """Return the alignments of some of the pairs."""
+        return Alignment(self.evidence[pairs], self.affine[pairs], self.mirrored[pairs], self.turned[pairs])
+
+
+def align(thumbnails: npt.NDArray[np.uint8], a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> Alignment:
+    """Return the best alignment of each pair (a, b) of the (N, 32, 32) grey thumbnails.
+
+    The evidence is (e(f) + 0.4 e(m)) t sqrt(s) / 3, at most 1, with e(r) = -ln(1 - r^2), where f is the correlation of the two's
     fine structure where they lie upon each other, m the median of the correlations of their levels in 4 x 4 cells, t
     the share of the cells with any texture (simple things on plain ground lie on one another), and s that part's share
     of the larger.  Weights are those of a logistic regression on edited photos and unlike ones.
     """
-    found = np.zeros(len(a), np.float32)
-    if len(a):
-        _align_all(thumbnails, a, b, _SIZES, _OTHERS, found)
+    n = len(a)
+    found = Alignment(np.zeros(n, np.float32), np.zeros((n, 6)), np.zeros(n, np.bool_), np.zeros(n, np.bool_))
+    if n:
+        _align_all(thumbnails, a, b, _SIZES, _OTHERS, found.evidence, found.affine, found.mirrored, found.turned)
     return found
 
 
 @_compiled
-def _align_all(thumbnails, a, b, sizes, others, found):  # type: ignore[no-untyped-def]
+def _align_all(thumbnails, a, b, sizes, others, found, affine, mirrored, turned):  # type: ignore[no-untyped-def]
     side = thumbnails.shape[1]
     one, other = np.empty((side, side), np.float32), np.empty((side, side), np.float32)
     for i in range(len(a)):
         for y in range(side):
             for x in range(side):
                 one[y, x], other[y, x] = thumbnails[a[i], y, x], thumbnails[b[i], y, x]
-        found[i] = min(_align(one, other, sizes, others) / _ENOUGH, 1.0)
+        evidence, kind = _align(one, other, sizes, others, affine[i])
+        found[i] = min(evidence / _ENOUGH, 1.0)
+        mirrored[i], turned[i] = kind % 2, kind in (2, 3)
 
 
 @_compiled
-def _align(one, other, sizes, others):  # type: ignore[no-untyped-def]
-    """Return the evidence of the best alignment of two pictures: in the even maps as they are, in the odd mirrored."""
+def _align(one, other, sizes, others, affine):  # type: ignore[no-untyped-def]
+    """Fill in the map of the best alignment of two pictures; return its evidence and its number.
+
+    The even maps take the pictures as they are, the odd ones the other's mirror image, 2 and 3 the one as the smaller.
+    """
+    _lay(affine, 0.0, 0.0, 0.0)
+    at_once = _refined(other, one, affine, _STEPS)
+    if at_once >= _ENOUGH:  # they lie on each other as they are, as most candidates by hash do
+        return at_once, 4
     mirrored = _mirrored(other)
     small, small_other = _resized(one, _COARSE, _COARSE), _resized(other, _COARSE, _COARSE)
     small_mirrored = _mirrored(small_other)
@@ -97,10 +131,12 @@ def _align(one, other, sizes, others):  # type: ignore[no-untyped-def]
         evidence = _refined(small if k in (2, 3) else second, second if k in (2, 3) else small, maps[k], _STEPS)
         if evidence > best:
             best, first = evidence, k
-    if best < _HOPELESS:
-        return best
-    second = mirrored if first % 2 else other
-    return _refined(one if first in (2, 3) else second, second if first in (2, 3) else one, maps[first], _LAST_STEPS)
+    if best >= _HOPELESS:
+        second = mirrored if first % 2 else other
+        needle, hay = (one, second) if first in (2, 3) else (second, one)
+        best = _refined(needle, hay, maps[first], _LAST_STEPS)
+    affine[:] = maps[first]
+    return best, first
 
 
 @_compiled

@@ -18,7 +18,7 @@ from .caption_groups import caption_keepers, check_captions
 from .config import Config, Input, digest_of
 from .decisions import decide
 from .denoisers import ModelFiles, find_model
-from .edges import find_edges, similarity
+from .edges import find_candidates, similarity
 from .encoders import described, image_encoder, public_name
 from .encoders.captions import public_caption_name
 from .errors import ConfigError, RunError
@@ -173,10 +173,10 @@ def _decide_and_write(
     shards: list[Shard], model: ModelFiles | None, rater: Rater | None, store: Store, config: Config, workers: int
 ) -> Manifest:
     samples = load_samples(shards, store, config.images.json_fields)
-    edges = find_edges(samples, store, config)
+    candidates = find_candidates(samples, store, config)
     captions, caption = distinct_captions(samples, store)
     keepers = caption_keepers(samples, captions, caption, store, config)
-    groups = group(samples, edges, caption, keepers, config)
+    groups = group(samples, candidates, caption, keepers, store, config)
     rewritten = read_generalised(store)
     further = rewritten["general"].drop_null() if rewritten is not None else None
     digest = read_digest(store.captions)

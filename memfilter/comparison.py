@@ -1,0 +1,335 @@
+"""Pairs of pictures -> a score from 0 to 1 that says whether one is a copy of the other: what decides every edge.
+
+A hash, an embedding or an equal look finds candidates.  On photos that is nearly enough; on drawings, icons, pages of
+text and screenshots it is not, since these lie on each other and differ in a detail or in a colour.  So the two
+pictures are laid on each other as `alignment` found them to lie, moved to where they fit best, and compared at
+128 x 128 in colour: how far levels, fine structure and colours agree, as a whole and in 8 x 8 cells.  Boosted trees
+take these features to the score.  They were trained on copies and on unlike pairs of photos and of graphics, so that a
+recoloured photo is a copy and a recoloured icon is not, and are monotone where more difference must never mean more
+alike.  `benchmarks/train_comparison.py` trains them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from .alignment import _FLOOR, Alignment, _compiled, _mirrored, _refine, _resized, _sums, _warp, align
+from .records import THUMBNAIL_SIDE, Floats, Indices
+
+TREES = Path(__file__).with_name("comparison.safetensors")
+
+THRESHOLD = 0.5
+"""Score from which on two pictures are copies, where the configuration names none."""
+
+FEATURES = (
+    "evidence",  # of the alignment of the thumbnails
+    "mirrored",  # 1 where one is laid on the other's mirror image
+    "inside",  # share of the smaller picture that lies on the larger one
+    "area",  # share of the larger picture that it covers
+    "correlation",  # of the levels, of their fine structure and of that between 3 and 13 pixels
+    "fine",
+    "middle",
+    "log_gain",  # of the line that takes the one's levels to the other's
+    "brighter",  # difference of the mean levels
+    "colour_one",  # deviation of the colours, from grey and from their mean
+    "colour_other",
+    "colour_correlation",
+    "colour_shift",  # distance between the mean colours
+    "flat_one",  # share of pixels with hardly any slope
+    "flat_other",
+    "difference",  # mean difference of levels, and after the line was laid through them
+    "fitted",
+    "unexplained",  # mean difference of levels beyond what a shift by one pixel explains
+    "share_unexplained",  # share of pixels with 24 levels of it, and after the line
+    "share_unfitted",
+    "share_recoloured",  # share of pixels whose colours are 20 levels apart
+    "cell_level",  # the largest difference of a cell: of mean levels, of mean colours, and unexplained, before and
+    "cell_colour",  # after the line
+    "cell_unexplained",
+    "cell_unfitted",
+    "disagreement",  # 1 - correlation of fine structure in cells, weighted by the weaker one's deviation
+    "share_disagreeing",  # weighted share of cells where it is over one half
+    "strong",  # number of cells in which both have fine structure of 6 levels
+    "bad",  # how many of these correlate by less than 0.6, their share, and the least correlation
+    "share_bad",
+    "worst",
+    "worst_both",  # the largest 1 - correlation times the weaker, and times the stronger deviation
+    "worst_either",
+    "one_sided",  # difference of the deviations in cells, to their larger ones
+    "textured",  # number of cells with fine structure of 3 levels in either
+    "median",  # quantiles of their correlations
+    "quarter",
+    "tenth",
+    "deviation_one",  # of levels, and of fine structure
+    "deviation_other",
+    "fine_one",
+    "fine_other",
+)
+
+_SIDE = 128
+_CELLS = 8
+_HALF, _STEPS = 64, 4  # side and steps at which the map is refined
+_FEWEST = 200  # pixels on each other, under which there is nothing to compare
+
+Planes = npt.NDArray[np.float32]
+
+
+@cache
+def identity() -> str:
+    """What shapes a score: the trees, and how pictures are brought to them."""
+    return f"comparison-1/{xxhash.xxh3_128_hexdigest(TREES.read_bytes())}"
+
+
+def planes(colour: npt.NDArray[np.uint8]) -> Planes:
+    """Return RGB (H, W, 3) as (3, 128, 128): luma, and the blue and red differences of JPEG without their offset."""
+    from PIL import Image
+
+    if colour.shape[:2] != (_SIDE, _SIDE):
+        colour = np.asarray(Image.fromarray(colour).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR))
+    rgb = np.moveaxis(colour, 2, 0).astype(np.float32)
+    luma = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
+    return np.stack([luma, 0.564 * (rgb[2] - luma), 0.713 * (rgb[0] - luma)]).astype(np.float32)
+
+
+def thumbnails(pictures: Planes) -> npt.NDArray[np.uint8]:
+    """Return the grey thumbnails (N, 32, 32) of pictures (N, 3, 128, 128) that are aligned first."""
+    luma = pictures[:, 0].reshape(len(pictures), THUMBNAIL_SIDE, -1, THUMBNAIL_SIDE, _SIDE // THUMBNAIL_SIDE)
+    return np.clip(np.rint(luma.mean((2, 4))), 0, 255).astype(np.uint8)
+
+
+def features(pictures: Planes, a: Indices, b: Indices, alignment: Alignment) -> Floats:
+    """Return the features (pairs, len(FEATURES)) of these pairs (a, b) of pictures (N, 3, 128, 128), in that order."""
+    found = np.zeros((len(a), len(FEATURES)), np.float32)
+    found[:, 0], found[:, 1] = alignment.evidence, alignment.mirrored
+    if len(a):
+        _compare_all(pictures, a, b, alignment.affine, alignment.mirrored, alignment.turned, found)
+    return found
+
+
+def compared(pictures: Planes) -> Floats:
+    """Return the score of each two pictures (2 N, 3, 128, 128) in a row."""
+    a, b = np.arange(0, len(pictures), 2), np.arange(1, len(pictures), 2)
+    return scores(features(pictures, a, b, align(thumbnails(pictures), a, b)))
+
+
+def scores(found: Floats) -> Floats:
+    """Return the score from 0 to 1 of each row of features."""
+    trees = _trees()
+    score = np.empty(len(found), np.float32)
+    _climb(found, trees["feature"], trees["limit"], trees["left"], trees["right"], trees["roots"], score)
+    return score
+
+
+@cache
+def _trees() -> dict[str, npt.NDArray[Any]]:
+    from safetensors.numpy import load_file
+
+    return load_file(TREES)
+
+
+@_compiled
+def _climb(found, feature, limit, left, right, roots, score):  # type: ignore[no-untyped-def]
+    """Sum up the leaves that each row comes to; a leaf has feature -1 and its value as limit."""
+    for i in range(len(found)):
+        total = 0.0
+        for root in roots:
+            node = root
+            while feature[node] >= 0:
+                node = left[node] if found[i, feature[node]] <= limit[node] else right[node]
+            total += limit[node]
+        score[i] = 1 / (1 + np.exp(-total))
+
+
+@_compiled
+def _compare_all(pictures, a, b, maps, mirrored, turned, found):  # type: ignore[no-untyped-def]
+    for i in range(len(a)):
+        one, other = pictures[a[i]], pictures[b[i]]
+        if mirrored[i]:
+            flipped = np.empty_like(other)
+            for plane in range(3):
+                flipped[plane] = _mirrored(other[plane])
+            other = flipped
+        if turned[i]:
+            _compare(one, other, maps[i].copy(), found[i])
+        else:
+            _compare(other, one, maps[i].copy(), found[i])
+
+
+@_compiled
+def _compare(needle, hay, affine, found):  # type: ignore[no-untyped-def]
+    """Fill in all features but the first two of a picture, the needle, that lies so on another, the hay."""
+    height = max(8, min(_HALF, round(abs(affine[1]) * _HALF)))
+    width = max(8, min(_HALF, round(abs(affine[5]) * _HALF)))
+    whole = _resized(needle[0], _HALF, _HALF)
+    _refine(_resized(whole, height, width), _resized(hay[0], _HALF, _HALF), affine, _STEPS)
+    height = max(16, min(_SIDE, round(abs(affine[1]) * _SIDE)))
+    width = max(16, min(_SIDE, round(abs(affine[5]) * _SIDE)))
+    one, other = np.empty((3, height, width), np.float32), np.empty((3, height, width), np.float32)
+    inside = np.empty((height, width), np.bool_)
+    n = 0
+    for plane in range(3):
+        one[plane] = _resized(needle[plane], height, width)
+        n = _warp(hay[plane], affine, other[plane], inside)
+    found[2] = n / (height * width)
+    found[3] = abs(affine[1] * affine[5] - affine[2] * affine[4]) * found[2]
+    if n < _FEWEST:
+        return
+    sums = _summed(one, other, inside)
+    gain, offset = _as_a_whole(sums, n, found)
+    unfitted = _unfitted(one[0], other[0], inside, gain, offset, sums, n, found)
+    _in_cells(sums, unfitted, height * width / (_CELLS * _CELLS), found)
+
+
+# of a cell: pixels; levels, their squares and product; colours, their squares and products; fine and middle structure,
+# squares and products; flat pixels; differences, unexplained ones, and how many are large
+_N, _A, _B, _AA, _BB, _AB = 0, 1, 2, 3, 4, 5
+_UA, _VA, _UB, _VB, _CAA, _CBB, _CAB = 6, 7, 8, 9, 10, 11, 12
+_FAA, _FBB, _FAB, _MAA, _MBB, _MAB = 13, 14, 15, 16, 17, 18
+_FLAT_A, _FLAT_B, _DIFFERENCE, _UNEXPLAINED, _LARGE, _RECOLOURED = 19, 20, 21, 22, 23, 24
+_SUMS = 25
+
+
+@_compiled
+def _blurred(picture, reach):  # type: ignore[no-untyped-def]
+    """Return means over squares of 2 * reach + 1 pixels on a side, cut at the edges."""
+    height, width = picture.shape
+    sums, blurred = _sums(picture), np.empty_like(picture)
+    for i in range(height):
+        top, end = max(i - reach, 0), min(i + reach + 1, height)
+        for j in range(width):
+            left, last = max(j - reach, 0), min(j + reach + 1, width)
+            total = sums[end, last] - sums[top, last] - sums[end, left] + sums[top, left]
+            blurred[i, j] = total / ((end - top) * (last - left))
+    return blurred
+
+
+@_compiled
+def _slope(picture, i, j):  # type: ignore[no-untyped-def]
+    """Return by how many levels the picture changes from a pixel to the next."""
+    above, below = max(i - 1, 0), min(i + 1, picture.shape[0] - 1)
+    before, after = max(j - 1, 0), min(j + 1, picture.shape[1] - 1)
+    return (abs(picture[below, j] - picture[above, j]) + abs(picture[i, after] - picture[i, before])) / 2
+
+
+@_compiled
+def _summed(one, other, inside):  # type: ignore[no-untyped-def]
+    """Return the sums of each cell, (cells, cells, _SUMS)."""
+    height, width = inside.shape
+    sums = np.zeros((_CELLS, _CELLS, _SUMS))
+    fine_a, fine_b = one[0] - _blurred(one[0], 2), other[0] - _blurred(other[0], 2)
+    middle_a = _blurred(one[0], 1) - _blurred(one[0], 6)
+    middle_b = _blurred(other[0], 1) - _blurred(other[0], 6)
+    for i in range(height):
+        for j in range(width):
+            if not inside[i, j]:
+                continue
+            s = sums[i * _CELLS // height, j * _CELLS // width]
+            p, q, u, v = one[0, i, j], other[0, i, j], fine_a[i, j], fine_b[i, j]
+            s[_N], s[_A], s[_B] = s[_N] + 1, s[_A] + p, s[_B] + q
+            s[_AA], s[_BB], s[_AB] = s[_AA] + p * p, s[_BB] + q * q, s[_AB] + p * q
+            s[_FAA], s[_FBB], s[_FAB] = s[_FAA] + u * u, s[_FBB] + v * v, s[_FAB] + u * v
+            u, v = middle_a[i, j], middle_b[i, j]
+            s[_MAA], s[_MBB], s[_MAB] = s[_MAA] + u * u, s[_MBB] + v * v, s[_MAB] + u * v
+            slope_a, slope_b = _slope(one[0], i, j), _slope(other[0], i, j)
+            s[_FLAT_A], s[_FLAT_B] = s[_FLAT_A] + (slope_a < 4), s[_FLAT_B] + (slope_b < 4)
+            difference = abs(p - q)
+            unexplained = max(difference - max(slope_a, slope_b), 0.0)
+            s[_DIFFERENCE], s[_UNEXPLAINED] = s[_DIFFERENCE] + difference, s[_UNEXPLAINED] + unexplained
+            s[_LARGE] += unexplained > 24
+            a, b, c, d = one[1, i, j], one[2, i, j], other[1, i, j], other[2, i, j]
+            s[_UA], s[_VA], s[_UB], s[_VB] = s[_UA] + a, s[_VA] + b, s[_UB] + c, s[_VB] + d
+            s[_CAA], s[_CBB] = s[_CAA] + a * a + b * b, s[_CBB] + c * c + d * d
+            s[_CAB] += a * c + b * d
+            s[_RECOLOURED] += (a - c) ** 2 + (b - d) ** 2 > 400
+    return sums
+
+
+@_compiled
+def _alike(aa, bb, ab, floor):  # type: ignore[no-untyped-def]
+    """Return the correlation of centred sums, with this much added to each square as noise."""
+    return ab / np.sqrt((max(aa, 0.0) + floor) * (max(bb, 0.0) + floor))
+
+
+@_compiled
+def _as_a_whole(sums, n, found):  # type: ignore[no-untyped-def]
+    """Fill in what all pixels tell; return gain and offset of the line from the needle's levels to the hay's."""
+    s = np.zeros(_SUMS)
+    for i in range(_CELLS):
+        for j in range(_CELLS):
+            s += sums[i, j]
+    s /= n
+    aa, bb, ab = max(s[_AA] - s[_A] ** 2, 0.0), max(s[_BB] - s[_B] ** 2, 0.0), s[_AB] - s[_A] * s[_B]
+    # the line is taken through the one that varies more, or noise would flatten it
+    gain = ab / (aa + _FLOOR) if aa > bb else (bb + _FLOOR) / max(ab, 1.0)
+    gain = min(max(gain, 0.2), 5.0)
+    found[4] = _alike(aa, bb, ab, _FLOOR)
+    found[5] = _alike(s[_FAA], s[_FBB], s[_FAB], 2.0)
+    found[6] = _alike(s[_MAA], s[_MBB], s[_MAB], 2.0)
+    found[7], found[8] = np.log(gain), abs(s[_A] - s[_B])
+    colour_a = max(s[_CAA] - s[_UA] ** 2 - s[_VA] ** 2, 0.0)
+    colour_b = max(s[_CBB] - s[_UB] ** 2 - s[_VB] ** 2, 0.0)
+    found[9], found[10] = np.sqrt(colour_a), np.sqrt(colour_b)
+    found[11] = _alike(colour_a, colour_b, s[_CAB] - s[_UA] * s[_UB] - s[_VA] * s[_VB], 8.0)
+    found[12] = np.sqrt((s[_UA] - s[_UB]) ** 2 + (s[_VA] - s[_VB]) ** 2)
+    found[13], found[14], found[15], found[17] = s[_FLAT_A], s[_FLAT_B], s[_DIFFERENCE], s[_UNEXPLAINED]
+    found[18], found[20] = s[_LARGE], s[_RECOLOURED]
+    found[38], found[39], found[40], found[41] = np.sqrt(aa), np.sqrt(bb), np.sqrt(s[_FAA]), np.sqrt(s[_FBB])
+    return gain, s[_B] - gain * s[_A]
+
+
+@_compiled
+def _unfitted(one, other, inside, gain, offset, sums, n, found):  # type: ignore[no-untyped-def]
+    """Fill in what differs once the line was laid through the levels; return the unexplained part in each cell."""
+    height, width = inside.shape
+    in_cells = np.zeros((_CELLS, _CELLS))
+    total, large = 0.0, 0
+    for i in range(height):
+        for j in range(width):
+            if inside[i, j]:
+                difference = abs(gain * one[i, j] + offset - other[i, j])
+                unexplained = max(difference - max(_slope(one, i, j), _slope(other, i, j)), 0.0)
+                total, large = total + difference, large + (unexplained > 24)
+                in_cells[i * _CELLS // height, j * _CELLS // width] += unexplained
+    found[16], found[19] = total / n, large / n
+    return in_cells
+
+
+@_compiled
+def _in_cells(sums, unfitted, pixels, found):  # type: ignore[no-untyped-def]
+    """Fill in what the cells tell of which at least half lies on the other picture."""
+    correlations, k = np.empty(_CELLS * _CELLS), 0
+    weights, disagreement, disagreeing, stronger, one_sided = 0.0, 0.0, 0.0, 0.0, 0.0
+    strong, bad, worst = 0, 0, 1.0
+    for i in range(_CELLS):
+        for j in range(_CELLS):
+            s, m = sums[i, j], sums[i, j, _N]
+            if m < 0.5 * pixels:
+                continue
+            colour = np.sqrt((s[_UA] - s[_UB]) ** 2 + (s[_VA] - s[_VB]) ** 2) / m
+            found[21] = max(found[21], abs(s[_A] - s[_B]) / m)
+            found[22], found[23] = max(found[22], colour), max(found[23], s[_UNEXPLAINED] / m)
+            found[24] = max(found[24], unfitted[i, j] / m)
+            a, b = np.sqrt(s[_FAA] / m), np.sqrt(s[_FBB] / m)
+            c = _alike(s[_FAA], s[_FBB], s[_FAB], 2.0 * m)
+            less, more = min(a, b), max(a, b)
+            weights, stronger, one_sided = weights + less, stronger + more, one_sided + abs(a - b)
+            disagreement, disagreeing = disagreement + less * (1 - c), disagreeing + less * (c < 0.5)
+            if less > 6:
+                strong, bad, worst = strong + 1, bad + (c < 0.6), min(worst, c)
+            found[31], found[32] = max(found[31], less * (1 - c)), max(found[32], more * (1 - c))
+            if more > 3:
+                correlations[k] = c
+                k += 1
+    found[25], found[26] = disagreement / (weights + 1e-3), disagreeing / (weights + 1e-3)
+    found[27], found[28], found[29], found[30] = strong, bad, bad / max(strong, 1), worst
+    found[33], found[34] = one_sided / (stronger + 1e-3), k
+    found[35], found[36], found[37] = 1.0, 1.0, 1.0
+    if k:
+        ordered = np.sort(correlations[:k])
+        found[35], found[36], found[37] = ordered[k // 2], ordered[k // 4], ordered[k // 10]

@@ -1,0 +1,109 @@
+"""What a picture shows, at 128 x 128 in colour: its content without a border of one colour, kept in at most 4 kB.
+
+Borders and grounds of one colour are cut off, so that a copy in a frame, and a drawing with a wider margin, show what
+the original shows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+SIDE = 128
+"""Side in pixels of the square that a picture is brought to, whatever the ratio of its own sides."""
+
+MOST_BYTES = 4080
+"""Bytes that a stored picture may take."""
+
+Pixels = npt.NDArray[np.uint8]
+Box = tuple[int, int, int, int]
+
+WHOLE: Box = (0, SIDE, 0, SIDE)
+
+_ALIKE = 16  # levels by which pixels of one colour may differ, after lossy compression
+_LEAST = 16  # pixels of 128 on a side that are left, however small the content
+_FRAMES = 3  # frames within each other that are cut off: a black one, say, and a white margin inside
+_QUALITIES = (85, 70, 50, 30, 15, 5)
+
+
+def resized(pixels: Pixels, side: int, box: Box | None = None) -> Pixels:
+    """Return grey (H, W) or RGB (H, W, 3) pixels as a square of this side, filtered; of a box in 128ths if given."""
+    # Pillow's fromarray and __array_interface__ take as long as the filter
+    height, width = pixels.shape[:2]
+    mode = "L" if pixels.ndim == 2 else "RGB"
+    image = Image.frombuffer(mode, (width, height), np.ascontiguousarray(pixels), "raw", mode, 0, 1)
+    part = None
+    if box:
+        top, bottom, left, right = box
+        part = (left * width / SIDE, top * height / SIDE, right * width / SIDE, bottom * height / SIDE)
+    small = image.resize((side, side), Image.Resampling.BICUBIC, part, 2.0)
+    return np.frombuffer(small.tobytes(), np.uint8).reshape(side, side, *pixels.shape[2:])
+
+
+def content(picture: Pixels) -> Box | None:
+    """Return where the content of a picture (128, 128, 3) is: top, bottom, left and right; None if it is one colour.
+
+    A border is lines of one colour, up to 16 levels, from the outside in, on any side.  Where there was one on all four
+    sides, another is looked for inside it.
+    """
+    box, inner = WHOLE, WHOLE
+    for _ in range(_FRAMES):
+        border = _border(picture[inner[0] : inner[1], inner[2] : inner[3]])
+        if border is None:
+            return None if box == WHOLE else _widened(box)
+        if not any(border):
+            break
+        box = inner[0] + border[0], inner[1] - border[1], inner[2] + border[2], inner[3] - border[3]
+        # the next line is mixed of the border's colour and of what comes behind it
+        inner = box[0] + 1, box[1] - 1, box[2] + 1, box[3] - 1
+        if not all(border) or inner[0] >= inner[1] or inner[2] >= inner[3]:
+            break
+    return _widened(box)
+
+
+def _border(picture: Pixels) -> Box | None:
+    """Return how many lines of one colour there are above, below, left and right; None if there is nothing else."""
+    above = _lines(picture)
+    if above == len(picture):
+        return None
+    below = _lines(picture[::-1])
+    columns = picture[above : len(picture) - below].swapaxes(0, 1)
+    left = _lines(columns)
+    return None if left == len(columns) else (above, below, left, _lines(columns[::-1]))
+
+
+def _lines(picture: Pixels) -> int:
+    """Return how many lines from the first one on have the first one's colour."""
+    first = picture[0].astype(np.int16)
+    colour = np.sort(first, axis=0)[len(first) // 2]
+    if np.abs(first - colour).max() > _ALIKE:
+        return 0
+    same = np.abs(picture.astype(np.int16) - colour).max((1, 2)) <= _ALIKE
+    return len(same) if same.all() else int(same.argmin())
+
+
+def _widened(box: Box) -> Box:
+    """Return the box with at least 16 pixels on each side."""
+    found: list[int] = []
+    for first, end in (box[:2], box[2:]):
+        missing = max(_LEAST - (end - first), 0)
+        start = min(max(first - missing // 2, 0), SIDE - _LEAST) if missing else first
+        found += [start, start + _LEAST if missing else end]
+    return found[0], found[1], found[2], found[3]
+
+
+def packed(picture: Pixels) -> bytes:
+    """Return a picture (H, W, 3) as a JPEG of at most 4,080 bytes, of the best of some qualities."""
+    for quality in _QUALITIES:
+        data: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality, "RGB", "420")
+        if len(data) <= MOST_BYTES:
+            break
+    return data
+
+
+def unpacked(data: bytes) -> Pixels:
+    """Return the picture (H, W, 3) that `packed` stored."""
+    picture: Pixels = simplejpeg.decode_jpeg(data)
+    return picture
