@@ -104,6 +104,8 @@ def test_only_what_is_transparent_is_planted_on_white(tmp_path: Path) -> None:
     originals = tiny_set(tmp_path)
     assert set(planted(originals, "on_white").original.values()) == {"disc"}
     assert set(planted(originals, "half").original.values()) == set(originals.files)
+    # on white, white art on transparent ground is no picture
+    assert set(planted(originals, "jpeg60").original.values()) == originals.files.keys() - {"white"}
     assert {file.suffix for file in planted(originals, "webp").pictures.files.values()} == {".webp"}
 
 
@@ -170,8 +172,10 @@ def test_a_group_is_false_if_it_shows_two_pictures_and_listed_copies_are_one() -
 
 
 def tiny_set(folder: Path) -> Pictures:
-    """Write three scenes, the first also under another name, and a cut-out as a set of ../shared/data; return it."""
+    """Return a set, as in ../shared/data: three scenes, one under two names, a cut-out and white art on transparent ground."""
     members = {"disc": cut_out(), **{f"scene{k}": scene(k) for k in range(3)}, "again": scene(0)}
+    members["white"] = Image.new("RGBA", (80, 80), "white")
+    members["white"].putalpha(scene(5, 80))
     shard = folder / "data" / "graphics" / "clipart" / "00000.tar"
     shard.parent.mkdir(parents=True)
     entries = [
@@ -203,7 +207,7 @@ def test_a_tiny_set_is_run_judged_and_reported(tmp_path: Path) -> None:
     assert peer == found("imagededup phash", originals, halves, None)  # from the cache
     verdicts = Verdicts({"scene0": "scene0", "again": "scene0"})
     alone = found("imagededup phash", originals, None, None)
-    assert dropped(alone.removed, 5, verdicts)["copies"] == 1
+    assert dropped(alone.removed, 6, verdicts)["copies"] == 1
     assert not alone.copies
 
     files = originals.files | halves.pictures.files
