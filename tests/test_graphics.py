@@ -172,7 +172,7 @@ def test_a_group_is_false_if_it_shows_two_pictures_and_listed_copies_are_one() -
 
 
 def tiny_set(folder: Path) -> Pictures:
-    """Return a set, as in ../shared/data: three scenes, one under two names, a cut-out and white art on transparent ground."""
+    """Return a set as in ../shared/data: three scenes, one under two names, a cut-out, white on transparent ground."""
     members = {"disc": cut_out(), **{f"scene{k}": scene(k) for k in range(3)}, "again": scene(0)}
     members["white"] = Image.new("RGBA", (80, 80), "white")
     members["white"].putalpha(scene(5, 80))
