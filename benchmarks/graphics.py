@@ -90,6 +90,13 @@ class Row:
     score: float | None = None
     threshold: float | None = None
 
+    @property
+    def edge(self) -> str:
+        """Return method and distance of the edge to the kept picture, and its score where the manifest has one."""
+        told = "" if self.distance is None else f" {self.distance:.3g}"
+        told += "" if self.score is None or self.threshold is None else f" {self.score:.3f} >= {self.threshold:.3f}"
+        return f"{self.method}{told}"
+
 
 def rows_of(manifest: Manifest) -> list[Row]:
     """Return the pictures of a manifest in its order."""
@@ -138,6 +145,20 @@ def grouped(rows: list[Row], copies: Mapping[str, str], verdicts: Verdicts) -> t
     return hits, {number for number, pictures in shown.items() if len(pictures) > 1}
 
 
+def over_all(sets: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the recall of each kind and tool over the copies of all sets, without those of small originals."""
+    copies, hits = Counter[str](), Counter[tuple[str, str]]()
+    for measured in sets.values():
+        for kind, found in measured["planted"].items():
+            copies[kind] += found["copies"]
+            for tool in measured["dropped"]:
+                hits[kind, tool] += round(found["copies"] * (found[tool]["recall"] or 0))
+    result: dict[str, dict[str, float]] = {kind: {} for kind in copies}
+    for (kind, tool), number in hits.items():
+        result[kind][tool] = round(number / max(1, copies[kind]), 4)
+    return result
+
+
 # -- the runs ---------------------------------------------------------------------------------------------------------
 
 
@@ -166,6 +187,7 @@ def main() -> None:
         kinds = [] if name in PHOTOS else given.kinds
         measured["planted"] = {kind: bench.with_copies(originals, kind, good, verdicts) for kind in kinds}
         result["sets"][name] = measured
+    result["recall_of_all_sets"] = over_all(result["sets"])
     write_result(result, given.json)
     if given.json:
         given.json.with_suffix(".md").write_text(markdown(result))
@@ -195,7 +217,7 @@ class Bench:
             "bad": sum(row.action == "bad" for row in rows),
             "seconds": seconds,
             "dropped": measured,
-            "different_dropped": [f"{row.kept} {row.key} {row.method} {row.distance:.4g}" for row in wrong],
+            "different_dropped": [f"{row.kept} {row.key} {row.edge}" for row in wrong],
         }, rows
 
     def with_copies(self, originals: Pictures, kind: str, good: set[str], verdicts: Verdicts) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def markdown(result: dict[str, Any]) -> str:
             copies = f"{found['copies']}" + f" ({found['copies_small']})" * (found["copies_small"] > 0)
             false = found["memfilter"]["false_groups"]
             lines.append(f"| {name} | {kind.replace('_', ' ')} | {copies} | {' | '.join(cells)} | {false} |")
+    for kind, recall in result["recall_of_all_sets"].items():
+        lines.append(f"| all | {kind.replace('_', ' ')} | | {' | '.join(f'{recall[m]:.3f}' for m in methods)} | |")
     return "\n".join(lines) + "\n"
 
 
@@ -69,9 +71,8 @@ def sheet(rows: Sequence[Row], files: Mapping[str, Path], verdict: Callable[[str
     for number, row in enumerate(gone):
         x, y = number % _PER_ROW * across, number // _PER_ROW * down
         judged = verdict(str(row.kept), row.key)
-        score = "" if row.score is None else f" {row.score:.3f} >= {row.threshold:.3f}"
         draw.text((x, y), f"{row.kept} {row.key}", "black", font("sans", 9))
-        draw.text((x, y + 12), f"{row.method} {row.distance:.3g}{score} {judged}", _INKS[judged], font("sans", 9))
+        draw.text((x, y + 12), f"{row.edge} {judged}", _INKS[judged], font("sans", 9))
         for side, key in enumerate((str(row.kept), row.key)):
             drawn.paste(_thumbnail(files[key]), (x + side * (_SIDE + 2), y + 26))
     drawn.save(out)

@@ -81,7 +81,7 @@ def _stored(shards: list[Path]) -> Iterator[tuple[str, bytes, str]]:
 
 
 def planted(originals: Pictures, kind: str) -> Planted:
-    """Return a copy of this kind of each original that has one."""
+    """Return a copy of this kind of each original that has one: one on white of the transparent ones alone."""
     copies = _written(originals.tar.parent / kind, lambda: _copies(originals, kind))
     return Planted(copies, {key: key.removesuffix(f"-{kind}") for key in copies.files})
 
@@ -89,9 +89,12 @@ def planted(originals: Pictures, kind: str) -> Planted:
 def _copies(originals: Pictures, kind: str) -> Iterator[tuple[str, bytes, str]]:
     for key, file in originals.files.items():
         picture = plain(Image.open(file))
-        if kind != "on_white" or picture.mode == "RGBA":
-            content, suffix = KINDS[kind](picture, Random(f"{kind} {key}"))
-            yield f"{key}-{kind}.{suffix}", content, originals.captions[key]
+        if kind == "on_white" and picture.mode == "RGB":
+            continue
+        if kind not in KEEP_ALPHA and blank(on_white(picture)):
+            continue  # white art on transparent ground: its copy shows nothing
+        content, suffix = KINDS[kind](picture, Random(f"{kind} {key}"))
+        yield f"{key}-{kind}.{suffix}", content, originals.captions[key]
 
 
 def plain(picture: Picture) -> Picture:
@@ -99,6 +102,11 @@ def plain(picture: Picture) -> Picture:
     rgba = picture.convert("RGBA")
     lowest, _ = rgba.getchannel("A").getextrema()
     return rgba if lowest < 255 else rgba.convert("RGB")
+
+
+def blank(picture: Picture) -> bool:
+    """Whether an RGB picture shows next to nothing."""
+    return all(highest - lowest < 8 for lowest, highest in picture.getextrema())  # type: ignore[misc, union-attr]
 
 
 def png(picture: Picture) -> bytes:
@@ -159,6 +167,9 @@ KINDS: dict[str, Callable[[Picture, Random], tuple[bytes, str]]] = {
     "crop": crop,
 }
 """Ways to copy a picture, which is in RGB or RGBA; the copy's bytes and the file's suffix are returned."""
+
+KEEP_ALPHA = ("half", "webp", "crop")
+"""Kinds whose copies are transparent where the original is; the others are on white."""
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------

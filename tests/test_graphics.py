@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import graphics_set
 from documents import HELD_OUT, TUNING, Kind, documents, look, on_white
-from graphics import PAIRS, SETS, Row, Verdicts, dropped, grouped, recalled, rows_of
+from graphics import PAIRS, SETS, Row, Verdicts, dropped, grouped, over_all, recalled, rows_of
 from graphics_peers import found
 from graphics_report import markdown, sheet
 from graphics_set import KINDS, Pictures, planted
@@ -103,6 +104,8 @@ def test_only_what_is_transparent_is_planted_on_white(tmp_path: Path) -> None:
     originals = tiny_set(tmp_path)
     assert set(planted(originals, "on_white").original.values()) == {"disc"}
     assert set(planted(originals, "half").original.values()) == set(originals.files)
+    # on white, white art on transparent ground is no picture
+    assert set(planted(originals, "jpeg60").original.values()) == originals.files.keys() - {"white"}
     assert {file.suffix for file in planted(originals, "webp").pictures.files.values()} == {".webp"}
 
 
@@ -138,10 +141,23 @@ def test_a_dropped_pair_that_nobody_judged_counts_as_different() -> None:
     }
 
 
+def test_an_edge_is_told_with_its_score_where_there_is_one() -> None:
+    assert Row("a", "drop", 0, "b", "hash", 2.0).edge == "hash 2"
+    assert Row("a", "drop", 0, "b", "embedding", 0.25, 0.9, 0.5).edge == "embedding 0.25 0.900 >= 0.500"
+
+
 def test_recall_is_of_all_copies_and_apart_for_small_originals() -> None:
     copies = {"a1": "a", "b1": "b", "c1": "c", "d1": "d"}
     assert recalled(copies, {"a1", "c1"}, {"c", "d"}) == {"recall": 0.5, "recall_small": 0.5}
     assert recalled(copies, {"a1"}, set()) == {"recall": 0.25, "recall_small": None}
+
+
+def test_recall_over_all_sets_weighs_each_by_its_copies() -> None:
+    sets = {
+        name: {"dropped": {"tool": {}}, "planted": {"half": {"copies": n, "tool": {"recall": recall}}}}
+        for name, n, recall in (("one", 30, 0.5), ("other", 10, 1.0), ("small ones alone", 0, None))
+    }
+    assert over_all(sets) == {"half": {"tool": 25 / 40}}
 
 
 def test_a_group_is_false_if_it_shows_two_pictures_and_listed_copies_are_one() -> None:
@@ -156,8 +172,10 @@ def test_a_group_is_false_if_it_shows_two_pictures_and_listed_copies_are_one() -
 
 
 def tiny_set(folder: Path) -> Pictures:
-    """Write three scenes, the first also under another name, and a cut-out as a set of ../shared/data; return it."""
+    """Return a set as in ../shared/data: three scenes, one under two names, a cut-out, white on transparent ground."""
     members = {"disc": cut_out(), **{f"scene{k}": scene(k) for k in range(3)}, "again": scene(0)}
+    members["white"] = Image.new("RGBA", (80, 80), "white")
+    members["white"].putalpha(scene(5, 80))
     shard = folder / "data" / "graphics" / "clipart" / "00000.tar"
     shard.parent.mkdir(parents=True)
     entries = [
@@ -189,14 +207,14 @@ def test_a_tiny_set_is_run_judged_and_reported(tmp_path: Path) -> None:
     assert peer == found("imagededup phash", originals, halves, None)  # from the cache
     verdicts = Verdicts({"scene0": "scene0", "again": "scene0"})
     alone = found("imagededup phash", originals, None, None)
-    assert dropped(alone.removed, 5, verdicts)["copies"] == 1
+    assert dropped(alone.removed, 6, verdicts)["copies"] == 1
     assert not alone.copies
 
     files = originals.files | halves.pictures.files
     sheet(rows, files, verdicts.of, tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").size[1] > 100
     measured = {"recall": 1.0, "recall_small": None, "false_groups": 0}
-    result = {
+    result: dict[str, Any] = {
         "target": {"different_share": 0.005, "recall": 0.95},
         "small_below": 48,
         "sets": {
@@ -207,5 +225,7 @@ def test_a_tiny_set_is_run_judged_and_reported(tmp_path: Path) -> None:
             }
         },
     }
+    result["recall_of_all_sets"] = over_all(result["sets"])
     assert "| clipart | 5 | 1 (1), 20.0% |" in markdown(result)
     assert "| clipart | half | 5 | 1.000 | 0 |" in markdown(result)
+    assert "| all | half | | 1.000 | |" in markdown(result)
