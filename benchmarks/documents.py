@@ -1,4 +1,4 @@
-"""Pictures that are no photos, drawn: 18 kinds in two lists, of which any two pictures are different.
+"""Pictures that are no photos, drawn: 19 kinds in two lists, of which any two pictures are different.
 
     python benchmarks/documents.py --out SHEETS
 
@@ -38,6 +38,7 @@ TUNING = {
     "bar_chart": Kind(pages.bar_chart),
     "line_chart": Kind(pages.line_chart),
     "table": Kind(pages.table),
+    "ledger": Kind(pages.ledger, 12),
     "chat": Kind(pages.chat, 8),
     "music": Kind(pages.music),
     "dialog": Kind(pages.dialog, 8, 0.1),

@@ -80,6 +80,15 @@ def page(random: Random, shared: Random, place: int) -> Drawn:
 
 def table(random: Random, shared: Random, place: int) -> Drawn:
     """Draw a table with a head, numbers and names."""
+    return _table(random, random)
+
+
+def ledger(random: Random, shared: Random, place: int) -> Drawn:
+    """Draw a table of a series that differs in its numbers alone."""
+    return _table(shared, random)
+
+
+def _table(random: Random, numbers: Random) -> Drawn:
     rows, columns = random.randrange(5, 16), random.randrange(3, 8)
     wide, high = random.choice([70, 90, 110]), random.choice([20, 24, 30])
     picture, draw = canvas(columns * wide + 40, (rows + 1) * high + 70)
@@ -94,7 +103,7 @@ def table(random: Random, shared: Random, place: int) -> Drawn:
         if style != "zebra":
             draw.line((20, top, 20 + columns * wide, top), "grey")
         for column in range(columns):
-            number = f"{random.uniform(0, 10 ** random.randrange(1, 5)):,.{random.choice([0, 1, 2])}f}"
+            number = f"{numbers.uniform(0, 10 ** numbers.randrange(1, 5)):,.{numbers.choice([0, 1, 2])}f}"
             cell = random.choice(WORDS)[:10] if row == 0 or column < text_columns else number
             draw.text((26 + column * wide, top + high / 4), cell, "white" if row == 0 else INK, face)
     draw.line((20, 45 + (rows + 1) * high, 20 + columns * wide, 45 + (rows + 1) * high), "grey")

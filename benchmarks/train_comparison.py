@@ -26,7 +26,7 @@ import numpy.typing as npt
 from documents import TUNING, documents
 from edits import Picture
 from environment import write_result
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageOps
 from safetensors.numpy import save_file
 from tqdm import tqdm
 from transformations import KINDS, STRENGTHS, copy_of
@@ -44,7 +44,10 @@ COPIES = (24, 6)  # of a photo, and of a small one
 FOLDS = 5
 ITERATIONS, LEAVES, RATE = 300, 12, 0.08
 
-RISING = ("evidence", "correlation", "fine", "middle", "colour_correlation", "worst", "median", "quarter", "tenth")
+RISING = (
+    *("evidence", "correlation", "fine", "middle", "colour_correlation", "worst", "median", "quarter", "tenth"),
+    *("grain", "grain_worst", "grain_tenth"),
+)
 FREE = (
     *("inside", "area", "log_gain", "colour_one", "colour_other", "flat_one", "flat_other", "strong", "textured"),
     *("deviation_one", "deviation_other", "fine_one", "fine_other"),
@@ -70,7 +73,9 @@ def main() -> None:
     arguments.add_argument("--graphics", type=Path, nargs="*", default=[])
     arguments.add_argument("--most", type=int, default=400, help="pictures of a folder")
     arguments.add_argument("--cache", type=Path, default=Path("/tmp/train_comparison"))
-    arguments.add_argument("--bias", type=float, default=-1.0, help="added to the sum of the trees: moves the threshold")
+    arguments.add_argument(
+        "--bias", type=float, default=-1.0, help="added to the sum of the trees: moves the threshold"
+    )
     arguments.add_argument("--out", type=Path, default=TREES)
     arguments.add_argument("--json", type=Path)
     given = arguments.parse_args()

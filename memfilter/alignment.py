@@ -71,10 +71,10 @@ class Alignment:
 def align(thumbnails: npt.NDArray[np.uint8], a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> Alignment:
     """Return the best alignment of each pair (a, b) of the (N, 32, 32) grey thumbnails.
 
-    The evidence is (e(f) + 0.4 e(m)) t sqrt(s) / 3, at most 1, with e(r) = -ln(1 - r^2), where f is the correlation of the two's
-    fine structure where they lie upon each other, m the median of the correlations of their levels in 4 x 4 cells, t
-    the share of the cells with any texture (simple things on plain ground lie on one another), and s that part's share
-    of the larger.  Weights are those of a logistic regression on edited photos and unlike ones.
+    The evidence is (e(f) + 0.4 e(m)) t sqrt(s) / 3, at most 1, with e(r) = -ln(1 - r^2), where f is the correlation of
+    the two's fine structure where they lie upon each other, m the median of the correlations of their levels in 4 x 4
+    cells, t the share of the cells with any texture (simple things on plain ground lie on one another), and s that
+    part's share of the larger.  Weights are those of a logistic regression on edited photos and unlike ones.
     """
     n = len(a)
     found = Alignment(np.zeros(n, np.float32), np.zeros((n, 6)), np.zeros(n, np.bool_), np.zeros(n, np.bool_))

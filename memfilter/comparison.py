@@ -70,6 +70,11 @@ FEATURES = (
     "deviation_other",
     "fine_one",
     "fine_other",
+    "grain",  # as fine, disagreement, worst, tenth and worst_both, of fine structure without that of lines and columns:
+    "grain_disagreement",  # two tables have their rules in common, two pages their lines
+    "grain_worst",
+    "grain_tenth",
+    "grain_worst_both",
 )
 
 _SIDE = 128
@@ -100,7 +105,8 @@ def planes(colour: npt.NDArray[np.uint8]) -> Planes:
 def thumbnails(pictures: Planes) -> npt.NDArray[np.uint8]:
     """Return the grey thumbnails (N, 32, 32) of pictures (N, 3, 128, 128) that are aligned first."""
     luma = pictures[:, 0].reshape(len(pictures), THUMBNAIL_SIDE, -1, THUMBNAIL_SIDE, _SIDE // THUMBNAIL_SIDE)
-    return np.clip(np.rint(luma.mean((2, 4))), 0, 255).astype(np.uint8)
+    small: npt.NDArray[np.uint8] = np.clip(np.rint(luma.mean((2, 4))), 0, 255).astype(np.uint8)
+    return small
 
 
 def features(pictures: Planes, a: Indices, b: Indices, alignment: Alignment) -> Floats:
@@ -180,10 +186,13 @@ def _compare(needle, hay, affine, found):  # type: ignore[no-untyped-def]
     found[3] = abs(affine[1] * affine[5] - affine[2] * affine[4]) * found[2]
     if n < _FEWEST:
         return
-    sums = _summed(one, other, inside)
+    fine_a, fine_b = one[0] - _blurred(one[0], 2), other[0] - _blurred(other[0], 2)
+    sums = _summed(one, other, inside, fine_a, fine_b)
     gain, offset = _as_a_whole(sums, n, found)
     unfitted = _unfitted(one[0], other[0], inside, gain, offset, sums, n, found)
-    _in_cells(sums, unfitted, height * width / (_CELLS * _CELLS), found)
+    pixels = height * width / (_CELLS * _CELLS)
+    _in_cells(sums, unfitted, pixels, found)
+    _grained(sums, _grain(fine_a, fine_b, inside), pixels, found)
 
 
 # of a cell: pixels; levels, their squares and product; colours, their squares and products; fine and middle structure,
@@ -218,11 +227,10 @@ def _slope(picture, i, j):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _summed(one, other, inside):  # type: ignore[no-untyped-def]
+def _summed(one, other, inside, fine_a, fine_b):  # type: ignore[no-untyped-def]
     """Return the sums of each cell, (cells, cells, _SUMS)."""
     height, width = inside.shape
     sums = np.zeros((_CELLS, _CELLS, _SUMS))
-    fine_a, fine_b = one[0] - _blurred(one[0], 2), other[0] - _blurred(other[0], 2)
     middle_a = _blurred(one[0], 1) - _blurred(one[0], 6)
     middle_b = _blurred(other[0], 1) - _blurred(other[0], 6)
     for i in range(height):
@@ -333,3 +341,61 @@ def _in_cells(sums, unfitted, pixels, found):  # type: ignore[no-untyped-def]
     if k:
         ordered = np.sort(correlations[:k])
         found[35], found[36], found[37] = ordered[k // 2], ordered[k // 4], ordered[k // 10]
+
+
+@_compiled
+def _grain(fine_a, fine_b, inside):  # type: ignore[no-untyped-def]
+    """Return squares and product of each cell's fine structure less the means of its lines and of its columns."""
+    height, width = inside.shape
+    lines, columns = np.zeros((2, height, _CELLS)), np.zeros((2, _CELLS, width))
+    grain, total = np.zeros((_CELLS, _CELLS, 3)), np.zeros((_CELLS, _CELLS, 2))
+    for i in range(height):
+        y = i * _CELLS // height
+        for j in range(width):
+            if inside[i, j]:
+                x, a, b = j * _CELLS // width, fine_a[i, j], fine_b[i, j]
+                lines[0, i, x], lines[1, i, x] = lines[0, i, x] + a, lines[1, i, x] + b
+                columns[0, y, j], columns[1, y, j] = columns[0, y, j] + a, columns[1, y, j] + b
+                total[y, x, 0], total[y, x, 1] = total[y, x, 0] + a, total[y, x, 1] + b
+                g = grain[y, x]
+                g[0], g[1], g[2] = g[0] + a * a, g[1] + b * b, g[2] + a * b
+    across, down = _CELLS / width, _CELLS / height  # one by the number of pixels in a line, and in a column
+    for i in range(height):
+        for x in range(_CELLS):
+            _less(grain[i * _CELLS // height, x], lines[0, i, x], lines[1, i, x], across)
+    for y in range(_CELLS):
+        for j in range(width):
+            _less(grain[y, j * _CELLS // width], columns[0, y, j], columns[1, y, j], down)
+        for x in range(_CELLS):
+            _less(grain[y, x], total[y, x, 0], total[y, x, 1], -across * down)
+    return grain
+
+
+@_compiled
+def _less(sums, a, b, share):  # type: ignore[no-untyped-def]
+    sums[0], sums[1], sums[2] = sums[0] - share * a * a, sums[1] - share * b * b, sums[2] - share * a * b
+
+
+@_compiled
+def _grained(sums, grain, pixels, found):  # type: ignore[no-untyped-def]
+    """Fill in what the grain tells of the cells of which at least half lies on the other picture."""
+    correlations, k = np.empty(_CELLS * _CELLS), 0
+    aa, bb, ab, n, weights, disagreement, worst = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0
+    for i in range(_CELLS):
+        for j in range(_CELLS):
+            g, m = grain[i, j], sums[i, j, _N]
+            if m < 0.5 * pixels:
+                continue
+            a, b = np.sqrt(max(g[0], 0.0) / m), np.sqrt(max(g[1], 0.0) / m)
+            c = _alike(g[0], g[1], g[2], 2.0 * m)
+            aa, bb, ab, n = aa + g[0], bb + g[1], ab + g[2], n + m
+            less = min(a, b)
+            weights, disagreement = weights + less, disagreement + less * (1 - c)
+            found[46] = max(found[46], less * (1 - c))
+            if less > 4:
+                worst = min(worst, c)
+            if max(a, b) > 3:
+                correlations[k] = c
+                k += 1
+    found[42], found[43], found[44] = _alike(aa, bb, ab, 2.0 * n + 1e-3), disagreement / (weights + 1e-3), worst
+    found[45] = np.sort(correlations[:k])[k // 10] if k else 1.0
