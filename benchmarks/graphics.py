@@ -210,7 +210,8 @@ class Bench:
         measured = {"memfilter": dropped(pairs.values(), images, verdicts)}
         measured["memfilter"]["by_method"] = dict(sorted(Counter(str(row.method) for row in gone).items()))
         for name, peer in self.peers.items():
-            measured[name] = dropped(peer(originals, None).removed, images, verdicts)
+            found = peer(originals, None)
+            measured[name] = dropped(found.removed, images, verdicts) | {"version": found.version}
         wrong = [row for row in gone if verdicts.of(*pairs[row.key]) != "copy"]
         return {
             "images": images,

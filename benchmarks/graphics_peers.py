@@ -24,12 +24,13 @@ class Found:
 
     removed: list[tuple[str, str]]
     copies: set[str]
+    version: str
 
 
 def found(name: str, originals: Pictures, copies: Planted | None, fastdup: Path | None) -> Found:
     """Return what a peer finds among originals and their copies; it is measured once and then read from the cache."""
     kind = copies.pictures.tar.stem if copies else "originals"
-    stored = originals.tar.parent / "peers" / f"{name.replace(' ', '_')}-{version('imagededup')}-{kind}.json"
+    stored = originals.tar.parent / "peers" / f"{name.replace(' ', '_')}-{kind}.json"
     if not stored.exists():
         stored.parent.mkdir(exist_ok=True)
         if name == "fastdup":
@@ -37,11 +38,11 @@ def found(name: str, originals: Pictures, copies: Planted | None, fastdup: Path 
             made = _by_fastdup(originals, copies, fastdup, stored.with_suffix(".work"))
         else:
             made = _by_hash(name, originals, copies)
-        text = json.dumps({"removed": made.removed, "copies": sorted(made.copies)})
+        text = json.dumps({"version": made.version, "removed": made.removed, "copies": sorted(made.copies)})
         stored.with_suffix(".unfinished").write_text(text)
         stored.with_suffix(".unfinished").rename(stored)
     read = json.loads(stored.read_text())
-    return Found([(kept, dropped) for kept, dropped in read["removed"]], set(read["copies"]))
+    return Found([(kept, dropped) for kept, dropped in read["removed"]], set(read["copies"]), read["version"])
 
 
 def _by_hash(name: str, originals: Pictures, copies: Planted | None) -> Found:
@@ -62,7 +63,7 @@ def _by_hash(name: str, originals: Pictures, copies: Planted | None) -> Found:
     assert removed.keys() == set(get_files_to_remove(duplicates))
     pairs = copies.original if copies else {}
     linked = {copy for copy, original in pairs.items() if original in duplicates.get(copy, ())}
-    return Found([(kept, dropped) for dropped, kept in removed.items()], linked)
+    return Found([(kept, dropped) for dropped, kept in removed.items()], linked, version("imagededup"))
 
 
 def _by_fastdup(originals: Pictures, copies: Planted | None, python: Path, work: Path) -> Found:
@@ -81,7 +82,8 @@ def _by_fastdup(originals: Pictures, copies: Planted | None, python: Path, work:
     removed = [(first, other) for first, *others in made["components"] for other in others]
     pairs = {frozenset(pair) for pair in made["pairs"]}
     planted = copies.original if copies else {}
-    return Found(removed, {copy for copy, original in planted.items() if {copy, original} in pairs})
+    linked = {copy for copy, original in planted.items() if {copy, original} in pairs}
+    return Found(removed, linked, made["version"])
 
 
 Peer = Callable[[Pictures, Planted | None], Found]
