@@ -80,15 +80,6 @@ def page(random: Random, shared: Random, place: int) -> Drawn:
 
 def table(random: Random, shared: Random, place: int) -> Drawn:
     """Draw a table with a head, numbers and names."""
-    return _table(random, random)
-
-
-def ledger(random: Random, shared: Random, place: int) -> Drawn:
-    """Draw a table of a series that differs in its numbers alone."""
-    return _table(shared, random)
-
-
-def _table(random: Random, numbers: Random) -> Drawn:
     rows, columns = random.randrange(5, 16), random.randrange(3, 8)
     wide, high = random.choice([70, 90, 110]), random.choice([20, 24, 30])
     picture, draw = canvas(columns * wide + 40, (rows + 1) * high + 70)
@@ -103,7 +94,7 @@ def _table(random: Random, numbers: Random) -> Drawn:
         if style != "zebra":
             draw.line((20, top, 20 + columns * wide, top), "grey")
         for column in range(columns):
-            number = f"{numbers.uniform(0, 10 ** numbers.randrange(1, 5)):,.{numbers.choice([0, 1, 2])}f}"
+            number = f"{random.uniform(0, 10 ** random.randrange(1, 5)):,.{random.choice([0, 1, 2])}f}"
             cell = random.choice(WORDS)[:10] if row == 0 or column < text_columns else number
             draw.text((26 + column * wide, top + high / 4), cell, "white" if row == 0 else INK, face)
     draw.line((20, 45 + (rows + 1) * high, 20 + columns * wide, 45 + (rows + 1) * high), "grey")
@@ -111,6 +102,25 @@ def _table(random: Random, numbers: Random) -> Drawn:
         for column in range(columns + 1):
             draw.line((20 + column * wide, 45, 20 + column * wide, 45 + (rows + 1) * high), "grey")
     return picture, f"table of {heading.lower()}"
+
+
+def ledger(random: Random, shared: Random, place: int) -> Drawn:
+    """Draw a sheet of a series that differs in its numbers alone: ruled in both directions, in one, or not at all."""
+    rows, columns = shared.randrange(5, 16), shared.randrange(3, 9)
+    wide, high, margin = shared.choice([60, 80, 110, 150, 190]), shared.choice([20, 26, 34, 48]), shared.choice([8, 30])
+    picture, draw = canvas(columns * wide + 2 * margin, rows * high + 2 * margin)
+    face = font(shared.choice(["sans", "grotesque", "times", "mono"]), shared.choice([10, 11, 12, 13, 14]))
+    ruled, ink, digits = shared.choice(["grid", "grid", "lines", "none"]), shared.choice([INK, (110, 110, 110)]), 10**4
+    across, down = (margin, margin + columns * wide), (margin, margin + rows * high)
+    for row in range(rows + 1 if ruled != "none" else 0):
+        draw.line((across[0], margin + row * high, across[1], margin + row * high), "grey")
+    for column in range(columns + 1 if ruled == "grid" else 0):
+        draw.line((margin + column * wide, down[0], margin + column * wide, down[1]), "grey")
+    for row in range(rows):
+        for column in range(columns):
+            place_of = (margin + column * wide + 6, margin + row * high + high / 5)
+            draw.text(place_of, f"{random.randrange(digits) / 10:,.1f}", ink, face)
+    return picture, "a sheet of figures"
 
 
 def music(random: Random, shared: Random, place: int) -> Drawn:

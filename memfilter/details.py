@@ -69,6 +69,8 @@ def _border(picture: Pixels) -> Box | None:
     if above == len(picture):
         return None
     below = _lines(picture[::-1])
+    if above + below >= len(picture):  # two colours with nothing between them
+        return None
     columns = picture[above : len(picture) - below].swapaxes(0, 1)
     left = _lines(columns)
     return None if left == len(columns) else (above, below, left, _lines(columns[::-1]))

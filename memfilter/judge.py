@@ -128,14 +128,15 @@ class Judge:
         aligned = align(comparison.thumbnails(shown), one, other)
         score = np.full(len(a), np.nan, np.float32)
         wanted = np.flatnonzero(by_hash | self._supported(cosine, aligned.evidence))
-        found = comparison.features(shown, one[wanted], other[wanted], aligned.of(wanted))
-        score[wanted] = comparison.scores(found)
+        if len(wanted):
+            found = comparison.features(shown, one[wanted], other[wanted], aligned.of(wanted))
+            score[wanted] = comparison.scores(found)
         return aligned.evidence, score
 
     def _embedding(self, rows: Ints) -> npt.NDArray[np.float64]:
         column = self._shown["embedding"].take(pa.array(self._place[rows])).combine_chunks()
         flat: npt.NDArray[np.float64] = column.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
-        return flat.reshape(-1, self.dim)
+        return flat.reshape(len(rows), -1)
 
     # -- what is known --
 
