@@ -285,7 +285,8 @@ def test_token_ids_are_equal_where_conditions_are(scorers: dict[str, Scorer], fa
         parts = [part for part in (condition.states, condition.pooled, condition.mask) if part is not None]
         if condition.mask is not None:  # what the padding holds is seen by none
             parts[0] = parts[0] * condition.mask[..., None]
-        assert all(bool((part[0] == part[1]).all()) for part in parts) is equal[name], name
+        apart = max(float((part[0] - part[1]).abs().max()) for part in parts)
+        assert apart < 1e-5 if equal[name] else apart > 1e-3, name
     assert equal["equal"]
     assert equal["unlike long after the limit"]
     assert not equal["another word"]
@@ -339,7 +340,7 @@ def test_half_precision_comes_close_to_float32(
     folders: dict[str, Path], scorers: dict[str, Scorer], family: str
 ) -> None:
     half = scorer(folders[family], dtype="float16").score(CAPTIONS[:1])
-    np.testing.assert_allclose(half, scorers[family].score(CAPTIONS[:1]), rtol=0.05)
+    np.testing.assert_allclose(half, scorers[family].score(CAPTIONS[:1]), rtol=0.1)
 
 
 # -- models that cannot be scored -------------------------------------------------------------------------------------
