@@ -99,8 +99,9 @@ def _unwrapped(line: str) -> str:
 class LocalModel:
     """A causal or sequence-to-sequence language model in a folder of transformers, decoding greedily.
 
-    Only safetensors are read and no code in the folder runs.  An answer does not depend on the captions that are
-    rewritten with it: every prompt is padded to a length of its own, and every batch filled up.
+    Only safetensors are read and no code in the folder runs.  Every prompt is padded to a length of its own and every
+    batch filled up, so that the captions that are rewritten with it change an answer only where rounding decides:
+    between two tokens that the model finds equally likely.
     """
 
     def __init__(self, spec: str, batch_size: int) -> None:

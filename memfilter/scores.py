@@ -1,7 +1,8 @@
 """The stage of magnitudes: one score a distinct caption, or a pair, in files of fixed chunks that a later run keeps.
 
 Captions go by the order of their token ids and pairs by that of their shard, in chunks of a size that the configuration
-alone decides, each chunk a file.  Several GPUs have one worker each.
+alone decides, each chunk a file.  So a caption shares its batch with the same others in every run of the same captions,
+and its score has the same bits.  Several GPUs have one worker each.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from memfilter.magnitude import Scorer
+
 WIDTH = 32
 LATENT_SIDE = 16
 _MERGES = [("d", "o"), ("do", "g</w>"), ("c", "a"), ("ca", "t</w>"), ("o", "f</w>"), ("o", "n</w>")]
@@ -140,6 +142,11 @@ def _scheduler(prediction_type: str, **settings: Any) -> DDIMScheduler:
         "steps_offset": 1,
     }
     return DDIMScheduler(prediction_type=prediction_type, **(stable_diffusion | settings))
+
+
+def rounding(scorer: Scorer) -> float:
+    """Return how far the captions of its batch may move a score in float32, as `Scorer` promises."""
+    return 1e-6 * float(Scorer(scorer.denoiser, batch_size=1).unconditional[0].norm())
 
 
 # -- the other families -----------------------------------------------------------------------------------------------

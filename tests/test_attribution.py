@@ -152,8 +152,8 @@ def test_other_families_weights_are_the_norms_of_gradients(tmp_path: Path, famil
     found = attribute(model, "a dog on it")
     assert [word for word, _ in found.words] == ["a", "dog", "on", "it"]
     tokens, _ = model.tokens("a dog on it")
-    expected = by_differences(model, "a dog on it", tokens[1].row)
-    # these families compute their embeddings of time and place in float32
+    # these families compute their embeddings of time and place in float32, of which a small difference has few digits
+    expected = by_differences(model, "a dog on it", tokens[1].row, step=1e-3)
     assert weights(found)[1] == pytest.approx(expected, rel=1e-3)
     first, second = attribute(model, "a dog", steps=2).timesteps
     assert first > second
@@ -223,10 +223,11 @@ def test_a_name_weighs_most_in_a_memorized_caption() -> None:
     model = warm(MODEL, "float32")
     for caption in (planted[i].caption for i in repeated):
         found = attribute(model, caption)
-        values = [weight for _, weight in found.words]
+        values = np.array([weight for _, weight in found.words])
         assert [word for word, _ in found.words] == caption.split()
         assert np.isfinite(values).all()
-        assert np.argmax(values) in (0, 1, 4)  # "Quinith Wesfen, composer of Yarjor, 1796"
+        names = [0, 1, 4]  # "Quinith Wesfen, composer of Yarjor, 1796"
+        assert values[names].max() > 1.05 * np.delete(values, names).max()
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -213,7 +213,8 @@ def test_a_run_is_calibrated_by_a_labelled_list_and_tells_how_well(model: Path, 
     wanted = {"false_positive_rate": 0.2, "labelled": str(labelled)}
     manifest = memfilter.run([str(shards)], tmp_path / "out", config(folder, threshold=wanted), workers=1)
     scorer = Scorer.load(str(model), batch_size=8)
-    own, low, high = (scorer.score(captions)[:, 0, 0] for captions in (CAPTIONS, others, memorized))
+    own, labels = (scorer.score(captions)[:, 0, 0] for captions in (CAPTIONS, [*memorized, *others]))
+    high, low = labels[: len(memorized)], labels[len(memorized) :]
 
     found = manifest.info["magnitude"]["calibration"]
     assert found == {

@@ -104,20 +104,21 @@ def test_the_rows_are_the_librarys_own(models: dict[str, Path], form: str) -> No
     rows = encoder.encode(texts)
     assert rows.dtype == np.float32
     assert rows.shape == (len(texts), encoder.dim)
-    np.testing.assert_allclose(rows, unit(BY_LIBRARY[form](models[form], texts)), atol=2e-6)
+    np.testing.assert_allclose(rows, unit(BY_LIBRARY[form](models[form], texts)), atol=1e-5)
     assert encoder.similarity is None
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_row_depends_on_its_text_alone(models: dict[str, Path], form: str) -> None:
+def test_other_texts_change_a_row_by_rounding_alone(models: dict[str, Path], form: str) -> None:
     random = np.random.default_rng(1)
     texts = list(dict.fromkeys(" ".join(random.choice(WORDS, random.integers(1, 9))) for _ in range(120))) + TEXTS
     encoder = caption_encoder(str(models[form]))
     together = encoder.encode(texts)
     shuffled = random.permutation(len(texts))
-    assert np.array_equal(encoder.encode([texts[i] for i in shuffled]), together[shuffled])
+    assert np.array_equal(encoder.encode(texts), together)
+    np.testing.assert_allclose(encoder.encode([texts[i] for i in shuffled]), together[shuffled], atol=1e-5)
     for i in (0, 50, len(texts) - 3):
-        assert np.array_equal(encoder.encode([texts[i]])[0], together[i])
+        np.testing.assert_allclose(encoder.encode([texts[i]])[0], together[i], atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -137,15 +138,14 @@ def test_a_static_embedding_of_sentence_transformers(models: dict[str, Path]) ->
     texts = ["a dog runs", "the cat", "dog " * 25_000, "ein hund"]
     rows = caption_encoder(f"sentence-transformers:{models['model2vec']}").encode(texts)
     own = sentence_transformers.SentenceTransformer(str(models["model2vec"]), device="cpu").encode(texts)
-    np.testing.assert_allclose(rows, unit(own), atol=2e-6)
-    np.testing.assert_allclose(rows, caption_encoder(str(models["model2vec"])).encode(texts), atol=2e-6)
+    np.testing.assert_allclose(rows, unit(own), atol=1e-5)
+    np.testing.assert_allclose(rows, caption_encoder(str(models["model2vec"])).encode(texts), atol=1e-5)
 
 
 def test_a_long_text_is_seen_as_far_as_there_is_room(models: dict[str, Path]) -> None:
     for form in ("transformers", "sentence-transformers"):
         rows = caption_encoder(str(models[form])).encode(["dog " * 46, "dog " * 25_000, "dog " * 46 + "cat " * 20_000])
-        assert np.array_equal(rows[0], rows[1])
-        assert np.array_equal(rows[0], rows[2])
+        np.testing.assert_allclose(rows[1:], rows[[0, 0]], atol=1e-5)
 
 
 def test_a_prompt_of_the_models_own_stands_before_every_text(models: dict[str, Path], tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_prompt_of_the_models_own_stands_before_every_text(models: dict[str, P
     path.write_text(json.dumps(config))
     prompted, plain = caption_encoder(str(folder)), caption_encoder(str(models["sentence-transformers"]))
     expected = plain.encode(["the cat sleeps", "the cat dog runs"])
-    np.testing.assert_allclose(prompted.encode(["sleeps", "dog runs"]), expected, atol=1e-6)
+    np.testing.assert_allclose(prompted.encode(["sleeps", "dog runs"]), expected, atol=1e-5)
     assert not prompted.encode(["🎉"]).any()
 
 

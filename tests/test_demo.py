@@ -13,7 +13,7 @@ from PIL import Image
 import memfilter
 from memfilter import demo
 from memfilter.demo.data import PAIRS, TIMES, samples, unseen_captions
-from memfilter.demo.memorized import MODEL, Pair, contact_sheet, likeness, pixels
+from memfilter.demo.memorized import ALIKE, MODEL, Pair, contact_sheet, generate, likeness, pixels
 from memfilter.magnitude import Scorer
 
 
@@ -111,6 +111,17 @@ def test_likeness_is_the_correlation_of_the_pixels() -> None:
     expected = [np.corrcoef(x.ravel(), y.ravel())[0, 1] for x, y in zip(a, b, strict=True)]
     np.testing.assert_allclose(likeness(a, b), expected, atol=1e-5)
     np.testing.assert_allclose(likeness(a, 2 * a + 1), 1, atol=1e-5)
+
+
+def test_a_drawing_is_far_from_where_one_counts_as_drawn_again() -> None:
+    planted = samples()
+    repeated = {p.original for p in planted if p.kind == "repeated pair"}
+    specific = [i for i, p in enumerate(planted) if p.kind == "specific"]
+    drawn = generate(MODEL, [planted[i].caption for i in specific])
+    alike = likeness(drawn, np.stack([pixels(planted[i].data) for i in specific]))
+    again = np.isin(specific, [*repeated])
+    assert alike[again].min() > ALIKE + 0.02
+    assert alike[~again].max() < ALIKE - 0.4
 
 
 def test_a_copy_is_the_same_to_the_model() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from pipelines import FAMILIES, LATENT_SIDE, write_family
+from pipelines import FAMILIES, LATENT_SIDE, rounding, write_family
 
 from memfilter import Config, ModelError
 from memfilter.denoisers import Condition, find_model, load_denoiser
@@ -248,9 +248,7 @@ def scorers(folders: dict[str, Path]) -> dict[str, Scorer]:
 def test_a_caption_scores_the_same_alone_and_in_a_batch(scorers: dict[str, Scorer], family: str) -> None:
     together = scorers[family].score(CAPTIONS)
     alone = np.concatenate([scorers[family].score([caption]) for caption in CAPTIONS])
-    if family != "z_image":  # which pads texts to the longest of the batch
-        assert np.array_equal(together, alone)
-    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    np.testing.assert_allclose(together, alone, rtol=0, atol=rounding(scorers[family]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -287,7 +285,8 @@ def test_token_ids_are_equal_where_conditions_are(scorers: dict[str, Scorer], fa
         parts = [part for part in (condition.states, condition.pooled, condition.mask) if part is not None]
         if condition.mask is not None:  # what the padding holds is seen by none
             parts[0] = parts[0] * condition.mask[..., None]
-        assert all(bool((part[0] == part[1]).all()) for part in parts) is equal[name], name
+        apart = max(float((part[0] - part[1]).abs().max()) for part in parts)
+        assert apart < 1e-5 if equal[name] else apart > 1e-3, name
     assert equal["equal"]
     assert equal["unlike long after the limit"]
     assert not equal["another word"]
@@ -316,7 +315,8 @@ UNCONDITIONAL = {
 def test_the_unconditional_is_the_empty_caption_or_told(scorers: dict[str, Scorer], family: str) -> None:
     told = scorers[family].scoring.denoiser["unconditional"]
     assert told == UNCONDITIONAL.get(family, "empty")
-    assert (scorers[family].score([""]).item() == 0) is (told == "empty")
+    alone, together = scorers[family].score([""]), scorers[family].score([*CAPTIONS, ""])[-1:]
+    assert (alone.item() == 0) is (together.item() == 0) is (told == "empty")
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
@@ -340,7 +340,7 @@ def test_half_precision_comes_close_to_float32(
     folders: dict[str, Path], scorers: dict[str, Scorer], family: str
 ) -> None:
     half = scorer(folders[family], dtype="float16").score(CAPTIONS[:1])
-    np.testing.assert_allclose(half, scorers[family].score(CAPTIONS[:1]), rtol=0.05)
+    np.testing.assert_allclose(half, scorers[family].score(CAPTIONS[:1]), rtol=0.1)
 
 
 # -- models that cannot be scored -------------------------------------------------------------------------------------

@@ -434,11 +434,14 @@ def test_an_answer_is_cleaned_and_checked(said: Any, answer: tuple[str | None, s
 # -- a local model ----------------------------------------------------------------------------------------------------
 
 
+LEARNT = [*PAIRS, *SINGLES[:3], *CLASS, "a truck " * 15, "漢字 🐕 bus " * 3]
+SURE = 0.9  # the least probability of every token of an answer
+
+
 def write_model(folder: Path, kind: str, seed: int = 0) -> Path:
     """Save a language model that has learned to say what the animal or the vehicle of a caption is."""
     torch.manual_seed(seed)
-    texts = [*PAIRS, *SINGLES]
-    words = sorted({w for t in [PROMPT, *texts, *CLASS, *CLASS.values()] for w in pieces(t)})
+    words = sorted({w for t in [PROMPT, *LEARNT, *SINGLES, *CLASS.values()] for w in pieces(t)})
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -448,7 +451,8 @@ def write_model(folder: Path, kind: str, seed: int = 0) -> Path:
     model: Any
     if kind == "causal":
         sizes = {"n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 2}
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=len(vocabulary), **sizes, **ends))
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=len(vocabulary), **sizes, **dropout, **ends))
     else:
         sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
         t5 = T5Config(vocab_size=len(vocabulary), **sizes, **ends, decoder_start_token_id=0, dropout_rate=0.0)
@@ -464,9 +468,9 @@ def pieces(text: str) -> list[str]:
 
 
 def learn(model: Any, tokenizer: Any, is_causal: bool) -> None:
-    captions = [t for t in [*PAIRS, *SINGLES[:3], *CLASS] if any(w in t.split() for w in CLASS)]
-    prompts = [tokenizer(PROMPT.format(c))["input_ids"] for c in captions]
-    goals = [[*tokenizer(class_of(c))["input_ids"], 1] for c in captions]
+    """Train a model until it is SURE of every answer: close answers would be told apart by a CPU's rounding."""
+    prompts = [tokenizer(PROMPT.format(c))["input_ids"] for c in LEARNT]
+    goals = [[*tokenizer(class_of(c))["input_ids"], 1] for c in LEARNT]
     if is_causal:
         rows = [p + g for p, g in zip(prompts, goals, strict=True)]
         marks = [[-100] * len(p) + g for p, g in zip(prompts, goals, strict=True)]
@@ -480,12 +484,19 @@ def learn(model: Any, tokenizer: Any, is_causal: bool) -> None:
     ids, labels = padded(rows, 0), padded(marks, -100)
     mask = padded([[1] * len(row) for row in rows], 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    model.train()
-    for _ in range(150):
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    least = 0.0
+    for _ in range(1000):
+        out = model(input_ids=ids, attention_mask=mask, labels=labels)
+        logits, wanted = (out.logits[:, :-1], labels[:, 1:]) if is_causal else (out.logits, labels)
+        places = wanted >= 0
+        least = logits[places].detach().softmax(-1).gather(1, wanted[places][:, None]).min().item()
+        if least > SURE:
+            break
         optimizer.zero_grad()
-        loss.backward()
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+    assert least > SURE, f"after 1,000 steps a token of an answer has a probability of {least:.2f}"
     model.eval()
 
 
@@ -509,10 +520,9 @@ def test_a_local_model_rewrites_the_flagged_captions(language_model: Path, run: 
 
 
 def test_an_answer_does_not_depend_on_its_company(language_model: Path) -> None:
-    captions = [*PAIRS, *SINGLES[:3], "a truck " * 30, "dog", "漢字 🐕 " * 9]
-    together = rewritten(LocalModel(str(language_model), 4), captions)
-    assert together == [rewritten(LocalModel(str(language_model), 4), [c])[0] for c in captions]
-    assert together[:8] == [(class_of(c), None) for c in captions[:8]]
+    together = rewritten(LocalModel(str(language_model), 4), LEARNT)
+    assert together == [(class_of(c), None) for c in LEARNT]
+    assert together == [rewritten(LocalModel(str(language_model), 4), [c])[0] for c in LEARNT]
 
 
 def test_a_chat_template_is_used(language_model: Path, tmp_path: Path) -> None:
@@ -725,11 +735,13 @@ def test_a_masked_keeper_of_a_memorized_caption_trains_on_the_general_one_alone(
     shards: Path, denoiser: Path, serve: Serve, tmp_path: Path
 ) -> None:
     memorized, *general = Scorer.load(str(denoiser), batch_size=8).score([PAIRS[2], "a vehicle", "an animal"])[:, 0, 0]
-    assert memorized > max(general)
-    magnitude = {"model": str(denoiser), "batch_size": 8, "threshold": float(memorized)}
+    assert memorized > 1.01 * max(general)
+    # just below its score, which rounds otherwise beside the run's other captions
+    magnitude = {"model": str(denoiser), "batch_size": 8, "threshold": 0.9999 * float(memorized)}
     memfilter.run([str(shards)], tmp_path / "out", config(magnitude=magnitude), workers=1)
     manifest = memfilter.generalise(tmp_path / "out", settings=serve(class_of).settings)
-    rows = [r for r in manifest.table().to_pylist() if r["action"] == "mask" and r["magnitude"] == memorized]
+    masked = [r for r in manifest.table().to_pylist() if r["action"] == "mask"]
+    rows = [r for r in masked if r["magnitude"] == pytest.approx(memorized, rel=1e-5)]
     assert [(r["captions"], r["loss_weight"]) for r in rows] == [(["a vehicle"], 0.0)]
     assert manifest.root is not None
     urls = [f"{manifest.root}/{name}" for name in manifest.shards]

@@ -343,7 +343,7 @@ def test_guidance_that_never_waits_is_the_plain_call_and_one_that_never_begins_i
     assert at_once.after == pytest.approx(at_once.before)
     assert at_once.before == pytest.approx(magnitudes(pipe, PROMPTS, **call()))
     never = with_delayed_guidance(pipe, PROMPTS, below=0, **call())
-    torch.testing.assert_close(images(never), pipe(PROMPTS, **call(guidance_scale=1.0)).images, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(images(never), pipe(PROMPTS, **call(guidance_scale=1.0)).images, rtol=1e-3, atol=1e-4)
     assert never.steps.tolist() == [STEPS] * 3
     assert np.isnan(never.after).all()
     assert not torch.allclose(images(never), images(at_once), atol=1e-2)

@@ -16,7 +16,7 @@ from PIL import Image
 from pipelines import write_pipeline
 
 from memfilter.demo.data import samples
-from memfilter.demo.memorized import MODEL
+from memfilter.demo.memorized import ALIKE, MODEL
 from memfilter.inference import magnitudes, with_optimised_embeddings
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -69,11 +69,15 @@ def test_the_benchmark_counts_what_is_drawn_again_under_each_mitigation() -> Non
     assert result["mitigations"][benchmark.NONE]["cost"] == [1, 1, 1]
     none, optimised = (result["mitigations"][name]["kinds"] for name in (benchmark.NONE, only[1]))
     assert (none[REPEATED]["drawn_again"], none[ONCE]["drawn_again"]) == (3, 0)
+    assert none[REPEATED]["likeness_to_picture"][0] > ALIKE + 0.03
+    assert none[ONCE]["likeness_to_picture"][2] < 0.5
     assert none[REPEATED]["likeness_to_plain"] == [1, 1, 1]
     assert none[REPEATED]["under_target"] == {"before": 0, "after": 0}
     assert none[ONCE]["under_target"]["before"] == 3
     assert optimised[REPEATED]["magnitude_after"][2] < optimised[REPEATED]["magnitude_before"][0]
     assert optimised[REPEATED]["drawn_again"] < 3
+    assert optimised[REPEATED]["likeness_to_picture"][0] < ALIKE - 0.1
     assert optimised[REPEATED]["under_target"]["after"] > 0
     assert optimised[ONCE]["steps"] == [0, 0, 0]
+    assert optimised[ONCE]["magnitude_before"][2] < 0.9 * result["reference"]["target"]
     assert optimised[ONCE]["likeness_to_plain"] == [1, 1, 1]

@@ -204,7 +204,7 @@ def test_a_flows_steps_lead_where_its_pipeline_leads(
             v_u = denoiser.predict(x, t, nothing)
             v = v_u + guidance * (v - v_u)
         x = denoiser.step(v, t, x)
-    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_flow_is_explained_along_its_own_trajectory(folders: dict[str, Path]) -> None:

@@ -21,7 +21,7 @@ from conftest import encoded, picture, sample, write_tar
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipelines import LATENT_SIDE, write_pipeline
+from pipelines import LATENT_SIDE, rounding, write_pipeline
 from safetensors.torch import load_file, save_file
 
 import memfilter
@@ -116,15 +116,16 @@ def test_no_caption_gives_no_score(scorer: Scorer) -> None:
     assert scorer.score([]).shape == (0, 2, 1)
 
 
-def test_a_caption_scores_the_same_bits_in_any_company(scorer: Scorer) -> None:
+def test_a_captions_company_changes_its_score_by_rounding_alone_and_their_order_by_nothing(scorer: Scorer) -> None:
     scores = scorer.score(CAPTIONS)
-    alone = np.concatenate([scorer.score([caption]) for caption in CAPTIONS])
-    assert np.array_equal(scores, alone)
     assert np.array_equal(scores[::-1], scorer.score(CAPTIONS[::-1]))
     twice = [c for c in CAPTIONS for _ in range(2)]
     assert np.array_equal(scores.repeat(2, 0), scorer.score(twice))
+    alone = np.concatenate([scorer.score([caption]) for caption in CAPTIONS])
     others = [f"another caption, number {i}" for i in range(7)]
-    assert np.array_equal(scores, scorer.score(others + CAPTIONS)[7:])
+    for elsewhere in (alone, scorer.score(others + CAPTIONS)[7:]):
+        np.testing.assert_allclose(elsewhere, scores, rtol=0, atol=rounding(scorer))
+        assert not elsewhere[CAPTIONS.index("")].any()
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,8 @@ def test_captions_are_one_condition_when_the_model_sees_the_same_ids(
 ) -> None:
     first, second = scorer.denoiser.token_ids([one, other])
     assert (first == second) is equal
-    assert np.array_equal(*scorer.score([one, other])) is equal
+    apart = np.abs(np.subtract(*scorer.score([one, other])))
+    assert not apart.any() if equal else apart.min() > rounding(scorer)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.01), ("bfloat16", 0.05)])
@@ -293,13 +295,13 @@ def test_a_model_that_was_taken_away_is_missed_once_it_is_needed(stage: Stage) -
     assert str(caught.value).count(str(stage.model)) == 1
 
 
-def test_other_seeds_dtype_or_captions_score_again(stage: Stage) -> None:
+def test_other_seeds_dtype_or_captions_score_again(stage: Stage, scorer: Scorer) -> None:
     before = stage()
     assert not same(stage(seeds=1), before)
     assert not same(stage(dtype="bfloat16"), before)
     assert same(stage(), before)
     stage.captions = stage.captions[1:]
-    assert np.array_equal(stage().samples, before.samples[1:])
+    np.testing.assert_allclose(stage().samples, before.samples[1:], rtol=0, atol=rounding(scorer))
     assert len(stage.chunks) == 5
 
 

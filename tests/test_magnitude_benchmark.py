@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from memfilter.demo.data import TIMES
 from memfilter.demo.data import samples as demo_samples
-from memfilter.demo.memorized import MODEL
+from memfilter.demo.memorized import ALIKE, MODEL
 from memfilter.magnitude import Scorer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -82,7 +82,9 @@ def test_the_evaluation_of_a_trained_model(tmp_path: Path) -> None:
     for kind in KINDS[:3]:
         assert by[kind] == pytest.approx(scorer.score([p.caption for p in pairs[kind]]).reshape(-1), rel=1e-4)
     assert result["drawn_again"][REPEATED]["drawn_again"] == 4
+    assert result["drawn_again"][REPEATED]["likeness"][0] > ALIKE + 0.03
     assert result["drawn_again"][ONCE]["drawn_again"] == 0
+    assert result["drawn_again"][ONCE]["likeness"][2] < 0.5
     for signal in ("magnitude, 1 seed", "magnitude, 4 seeds"):
         assert [row["against"] for row in result["signals"][signal]["measures"]] == [ONCE, ORDINARY, UNSEEN]
         assert result["signals"][signal]["measures"][0]["auc"] == 1
@@ -94,7 +96,10 @@ def test_the_evaluation_of_a_trained_model(tmp_path: Path) -> None:
         (seed, kind) for seed in range(4) for kind in (ONCE, UNSEEN)
     ]
     assert max(by[ONCE]) < result["threshold_at_1_fpr"]["threshold"] < min(by[REPEATED])
-    assert 0.9 < result["precision"]["bfloat16"]["rank_correlation"] < 1
+    assert min(by[REPEATED]) > 1.5 * max(by[ONCE])
+    half = result["precision"]["bfloat16"]
+    assert 0.9 < half["rank_correlation"] <= 1  # of so few captions all may keep their ranks
+    assert 1e-4 < half["relative_error"][0] < 0.05
 
     told = result["words"]
     assert told["magnitude"] == np.sort(by[REPEATED])[1]  # the lower of the two in the middle

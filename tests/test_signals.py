@@ -348,7 +348,7 @@ def all_of_them(denoiser: Any, captions: list[str], t: int, late: int) -> dict[s
 
 
 @pytest.mark.parametrize("family", ["v_prediction", "pixart"])
-def test_a_captions_signals_do_not_depend_on_its_batch(folders: dict[str, Path], family: str) -> None:
+def test_its_batch_changes_a_captions_signals_by_rounding_alone(folders: dict[str, Path], family: str) -> None:
     denoiser = load(folders[family])
     captions = [f"a dog on mat {i}" + ", and so on" * i for i in range(10)]
     together = all_of_them(denoiser, captions, denoiser.first_timestep(50), late_timestep(denoiser))

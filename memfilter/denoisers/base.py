@@ -59,7 +59,8 @@ class Denoiser(Protocol):
 
     `prediction_type` is 'epsilon', 'v_prediction', 'sample' or 'flow' (noise minus image); `latent_shape` (C, H, W) is
     the model's own size, and may be set to another one that the model takes; `settings` tells what else shapes a
-    prediction: the unconditional, the tokens that a caption is cut at, a guidance that the model is given.
+    prediction: the unconditional ("empty" where it is the condition of the empty caption, which then scores 0), the
+    tokens that a caption is cut at, a guidance that the model is given.
     """
 
     prediction_type: str

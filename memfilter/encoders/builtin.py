@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).with_name("builtin.safetensors")
 
-_BATCH = 64  # always of this shape: other shapes may come with other sums
+_BATCH = 64  # always of this shape: other shapes may come with other sums, and so may other places in it
 
 
 class Builtin:

@@ -20,7 +20,7 @@ from ..errors import ModelError, in_one_line
 from ..images import Frame
 from . import weights
 
-_BATCH = {"cpu": 8, "cuda": 64}  # of one size always: a row's numbers are not to depend on its neighbours
+_BATCH = {"cpu": 8, "cuda": 64}  # of one size always: a row's neighbours change it by rounding at most
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ _READ = {".json", ".safetensors", ".txt", ".model"}  # of settings, weights, and
 _PICKLED = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 _MODULES = {"Transformer", "Pooling", "Normalize", "Dense", "LayerNorm", "StaticEmbedding", "Dropout"}
 _WITH_WEIGHTS = {"Transformer", "Dense", "LayerNorm", "StaticEmbedding"}
-_BATCH = {"cpu": 16, "cuda": 256}  # of one size always: a row's numbers are not to depend on its neighbours
+_BATCH = {"cpu": 16, "cuda": 256}  # of one size always: a row's neighbours change it by rounding at most
 _TOKENS = 512  # of a text that are seen, at most
 
 
@@ -200,7 +200,7 @@ class _Model2vec:
 class _Network:
     """Texts through a network, in batches of one size and of one number of tokens.
 
-    Nothing is padded, and a text's numbers depend on no other's.
+    Nothing is padded, and the other texts of a batch change a text's numbers by rounding at most.
     """
 
     def __init__(self, device: str, dim: int, tokenize: Any, forward: Callable[[list[str]], torch.Tensor]) -> None:
