@@ -25,7 +25,7 @@ from memfilter import Config, manifest
 from memfilter.caption_groups import caption_keepers
 from memfilter.captions import fingerprint
 from memfilter.decisions import decide
-from memfilter.edges import find_edges
+from memfilter.edges import find_candidates
 from memfilter.groups import distinct_captions, group, load_samples
 from memfilter.records import THUMBNAIL_SIDE, Shard, signature_schema
 from memfilter.store import Store, write_table
@@ -57,10 +57,10 @@ def main() -> None:
         parts = sum(p.stat().st_size for p in Path(folder).rglob("*.parquet"))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         samples = timed("load", lambda: load_samples(shards, store))
-        edges = timed("hash join", lambda: find_edges(samples, store, config))
+        candidates = timed("hash join", lambda: find_candidates(samples, store, config))
         captions, caption = timed("captions", lambda: distinct_captions(samples, store))
         keepers = timed("caption groups", lambda: caption_keepers(samples, captions, caption, store, config))
-        groups = timed("grouping", lambda: group(samples, edges, caption, keepers, config))
+        groups = timed("grouping", lambda: group(samples, candidates, caption, keepers, store, config))
         decisions = timed("decisions", lambda: decide(samples, groups, captions, None, None, config.policy))
         timed("manifest", lambda: manifest.write_parts(store, samples, groups, decisions, None, None, False))
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before

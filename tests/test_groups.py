@@ -408,9 +408,11 @@ def test_contents_join_the_best_keeper_that_they_have_an_edge_to(data: st.DataOb
                 break
         else:
             expected.append(c)
-    own = [h for h in range(hashes)]
     looked_in = {
-        (c, h) for c in range(n) for h in own if hash_of[c] >= 0 and (h == hash_of[c] or (hash_of[c], h) in by_hash)
+        (c, h)
+        for c in range(n)
+        for h in range(hashes)
+        if hash_of[c] >= 0 and (h == hash_of[c] or (hash_of[c], h) in by_hash)
     }
     members = {(hash_of[c], c) for c in range(n) if hash_of[c] >= 0}
     neighbours = Neighbours(*lists_of(by_content, n), *lists_of(looked_in, n), *lists_of(members, hashes))
