@@ -26,7 +26,7 @@ import numpy.typing as npt
 from documents import TUNING, documents
 from edits import Picture
 from environment import write_result
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from safetensors.numpy import save_file
 from tqdm import tqdm
 from transformations import KINDS, STRENGTHS, copy_of
@@ -140,6 +140,7 @@ def copies(picture: Picture, random: Random) -> Iterator[bytes]:
     yield encoded(picture, "JPEG", quality=random.choice([40, 60, 80]))
     yield encoded(picture.resize((max(width // 2, 1), max(height // 2, 1)), Image.Resampling.LANCZOS))
     yield encoded(picture, "WEBP", quality=80)
+    yield encoded(ImageEnhance.Brightness(picture).enhance(random.choice([0.9, 1.06, 1.12])), "JPEG", quality=90)
     yield encoded(ImageOps.expand(picture, border, "black"))
     yield encoded(ImageOps.expand(picture, border, "white"))
     yield encoded(picture.crop((round(x), round(y), round(x + share * width), round(y + share * height))))

@@ -83,10 +83,11 @@ class Judge:
         for at, (found, scored) in zip(chunks, compared, strict=True):
             evidence[at], score[at] = found, scored
             self._bar.update(len(at))
-        self._asked.append(pa.table([a, b, evidence, score], schema=JUDGED))
+        score[~(by_hash | self._supported(cosine, evidence))] = np.nan  # though another configuration had cause
+        self._asked.append(pa.table([a, b, evidence, pa.array(score, mask=np.isnan(score))], schema=JUDGED))
         self._keep_some()
         accepted: npt.NDArray[np.bool_] = score >= np.float32(self.threshold)
-        return accepted & (by_hash | self._supported(cosine, evidence))
+        return accepted
 
     def cosine(self, a: Ints, b: Ints) -> npt.NDArray[np.float64]:
         """Return the cosines of the embeddings of pairs of rows."""
@@ -171,7 +172,7 @@ class Judge:
 def _sorted(tables: list[pa.Table]) -> pa.Table:
     """Return judged pairs in the order of their rows, each once: with a score where one has it."""
     table = pa.concat_tables([JUDGED.empty_table(), *tables]).combine_chunks()
-    a, b, score = (table[name].to_numpy() for name in ("a", "b", "score"))
+    a, b, score = (table[name].to_numpy() for name in ("a", "b", "score"))  # NaN for null
     order = np.lexsort((np.isnan(score), b, a))
     a, b = a[order], b[order]
     first = np.r_[True, (a[1:] != a[:-1]) | (b[1:] != b[:-1])][: len(a)]

@@ -107,7 +107,7 @@ JUDGED = pa.schema(
         pa.field("a", pa.int64(), nullable=False),
         pa.field("b", pa.int64(), nullable=False),
         pa.field("evidence", pa.float32(), nullable=False),  # of the alignment of their thumbnails, from 0 to 1
-        pa.field("score", pa.float32(), nullable=False),  # NaN where evidence and cosine gave no cause to look closer
+        pa.field("score", pa.float32()),  # null where evidence and cosine gave no cause to look closer
     ]
 )
 
@@ -252,8 +252,6 @@ class Groups:
     image_group: Ints  # ordinal of the keeper
     method: npt.NDArray[np.int8]  # of the edge to the keeper: a position in METHODS, -1 for keepers
     distance: npt.NDArray[np.float32]
-    score: Floats  # of the edge to the keeper, NaN for keepers
-    threshold: float  # that scores were compared with
     caption_group: Ints  # ordinal of the sample that stands for the caption group
     caption: Ints  # row in the table of distinct captions, -1 where bad
     image_count: Ints
@@ -265,6 +263,8 @@ class Groups:
     caption_distance: Floats
     caption_images: Ints  # distinct images in its caption group
     image_captions: Ints  # distinct captions in its image group
+    score: Floats  # of the edge to the keeper, NaN for keepers
+    threshold: float  # that scores were compared with
 
 
 @dataclass(frozen=True)

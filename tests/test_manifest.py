@@ -249,5 +249,6 @@ def test_the_table_has_the_promised_columns(masked: Manifest) -> None:
         *("caption_match", "caption_distance", "caption_images", "image_captions", "mitigate"),
         *("generality", "generality_specificity", "generality_broadness", "generality_tense", "generality_abstraction"),
         *("attention_entropy", "anisotropy", "sharpness"),
+        *("match_score", "match_threshold"),
     ]
     assert masked.table().schema.field("uid").type == pa.binary(16)

@@ -67,7 +67,8 @@ def all_decodes(data: bytes, ground: str) -> tuple[Pixels, Pixels, Pixels, Pixel
     fast = decode(data, False, MAX_PIXELS, colour=64, ground=ground)
     assert both.colour is not None
     assert fast.colour is not None
-    np.testing.assert_array_equal(decode(data, False, MAX_PIXELS, ground=ground).pixels, fast.pixels)
+    if data[:3] != b"\xff\xd8\xff":  # a JPEG is decoded at the size that the colours need
+        np.testing.assert_array_equal(decode(data, False, MAX_PIXELS, ground=ground).pixels, fast.pixels)
     return full.pixels, both.colour, fast.colour, fast.pixels
 
 
@@ -281,7 +282,7 @@ def test_a_picture_without_transparency_is_the_same_on_any_ground_and_on_none(ki
         full, both, _, grey = all_decodes(data, ground)
         np.testing.assert_array_equal(full, expected)
         np.testing.assert_array_equal(both, expected)
-        np.testing.assert_array_equal(grey, decode(data, False, MAX_PIXELS, ground=None).pixels)
+        np.testing.assert_array_equal(grey, decode(data, False, MAX_PIXELS, colour=64, ground=None).pixels)
 
 
 @pytest.mark.parametrize("kind", ["png-rgba", "png-palette-bytes", "png-16-bit-key", "png-rgb-key", "tiff-rgba"])
@@ -314,7 +315,7 @@ def assert_same_signatures(signer: Signer, files: list[bytes]) -> None:
     rows = [{"uid": bytes(16), "index": i, "key": str(i)} | signer._image(data) for i, data in enumerate(files)]
     table = signer.table(rows).drop_columns(["index", "key", "digest", "bytes"])
     first, *others = table.to_pylist()
-    assert first["thumbnail"]
+    assert first["picture"]
     assert all(other == first for other in others)
 
 

@@ -19,11 +19,11 @@ def flat(level: int, side: int, quality: int = 90) -> bytes:
 
 
 def placeholder(side: int) -> bytes:
-    image = Image.new("RGB", (side, side), (238,) * 3)
+    image = Image.new("RGB", (280, 280), (238,) * 3)
     draw = ImageDraw.Draw(image)
-    draw.rectangle((4, 4, side - 5, side - 5), outline=(120,) * 3, width=3)
-    draw.text((side // 8, side // 2), "IMAGE NOT AVAILABLE", fill=(120,) * 3, font_size=side // 12)
-    return encoded(image)
+    draw.rectangle((4, 4, 275, 275), outline=(120,) * 3, width=3)
+    draw.text((35, 140), "IMAGE NOT AVAILABLE", fill=(120,) * 3, font_size=23)
+    return encoded(image.resize((side, side), Image.Resampling.LANCZOS))
 
 
 @pytest.fixture(scope="module")

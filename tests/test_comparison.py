@@ -1,0 +1,151 @@
+"""Which pictures are copies, kind by kind: through the signatures that a run makes of them."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import encoded, sample, write_tar
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
+
+import memfilter
+from memfilter import Config, comparison, details
+from memfilter.alignment import align
+from memfilter.comparison import FEATURES
+from memfilter.signatures import Signer
+
+SIGNER = Signer(Config.parse({"images": {"encoder": None}}))
+
+
+def score(one: bytes, other: bytes) -> float:
+    """Return the score of two image files, in either order the same but for rounding of the alignment."""
+    shown = np.stack([comparison.planes(details.unpacked(SIGNER._image(data)["picture"])) for data in (one, other)])
+    return float(comparison.compared(shown)[0])
+
+
+def icon(colour: str, kind: int = 0) -> Image.Image:
+    image = Image.new("RGB", (160, 160), "white")
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((20, 20, 140, 140), fill=colour, outline="black", width=4)
+    draw.rectangle((60, 40, 100, 90), fill="white")
+    if kind:
+        draw.polygon([(50, 100), (110, 100), (80, 130)], fill="black")
+    return image
+
+
+def page(seed: int) -> Image.Image:
+    """Return a page of text in one layout: every seed has its own words."""
+    random = np.random.default_rng(seed)
+    image = Image.new("L", (480, 640), "white")
+    draw, face = ImageDraw.Draw(image), ImageFont.load_default(14)
+    for line in range(28):
+        words = ["".join(random.choice([*"abcdefghiklmnoprstuvw"], random.integers(2, 9))) for _ in range(10)]
+        draw.text((40, 40 + 20 * line), " ".join(words)[:58], fill=20, font=face)
+    return image
+
+
+def bordered(image: Image.Image) -> Image.Image:
+    return ImageOps.expand(image, 10, "black")
+
+
+def cropped(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    return image.crop((width // 16, height // 16, width - width // 16, height - height // 16))
+
+
+COPIES: dict[str, Callable[[Image.Image], bytes]] = {
+    "the same": lambda image: encoded(image, "PNG"),
+    "JPEG at 60": lambda image: encoded(image, quality=60),
+    "WebP": lambda image: encoded(image, "WEBP", quality=80),
+    "half size": lambda image: encoded(image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)),
+    "border": lambda image: encoded(bordered(image), "PNG"),
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+@pytest.mark.parametrize("drawn", [icon("crimson"), icon("teal", 1), page(1)], ids=["icon", "other icon", "page"])
+def test_copies_of_drawings_are_copies(kind: str, drawn: Image.Image) -> None:
+    assert score(encoded(drawn, "PNG"), COPIES[kind](drawn)) >= comparison.THRESHOLD
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (icon("crimson"), icon("teal")),
+        (icon("crimson"), icon("crimson", 1)),
+        (page(1), page(2)),
+        (icon("crimson", 1), ImageOps.mirror(icon("crimson", 1).rotate(20, fillcolor="white"))),
+    ],
+    ids=["recoloured icon", "another part", "another page", "turned and mirrored icon"],
+)
+def test_drawings_that_lie_on_each_other_are_no_copies(one: Image.Image, other: Image.Image) -> None:
+    assert score(encoded(one, "PNG"), encoded(other, "PNG")) < comparison.THRESHOLD
+
+
+@pytest.fixture(scope="module")
+def photos(shared_data: Path) -> list[Image.Image]:
+    with tarfile.open(shared_data / "photos" / "00002.tar") as tar:
+        files = [f.read() for m in tar if m.name.endswith(".jpg") and (f := tar.extractfile(m))]
+    return [Image.open(io.BytesIO(data)).convert("RGB") for data in files[:30]]
+
+
+@pytest.mark.parametrize("edit", ["recoloured", "mirrored", "brighter", "grey", "cropped", "border"])
+def test_a_recoloured_mirrored_or_cropped_photo_is_a_copy(edit: str, photos: list[Image.Image]) -> None:
+    def edited(photo: Image.Image) -> Image.Image:
+        if edit == "recoloured":
+            hue, saturation, value = photo.convert("HSV").split()
+            return Image.merge("HSV", (hue.point(lambda h: (h + 25) % 256), saturation, value)).convert("RGB")
+        made = {"mirrored": ImageOps.mirror, "grey": ImageOps.grayscale, "cropped": cropped, "border": bordered}
+        return ImageEnhance.Brightness(photo).enhance(1.2) if edit == "brighter" else made[edit](photo)
+
+    found = [score(encoded(photo), encoded(edited(photo))) >= comparison.THRESHOLD for photo in photos]
+    assert np.mean(found) >= 0.85
+
+
+def test_photos_of_other_things_are_no_copies(photos: list[Image.Image]) -> None:
+    files = [encoded(photo) for photo in photos]
+    assert max(score(one, other) for one, other in zip(files, files[1:], strict=False)) < comparison.THRESHOLD
+
+
+def test_a_score_does_not_depend_on_the_pairs_beside_it() -> None:
+    files = [encoded(image, "PNG") for image in (icon("crimson"), icon("teal"), page(1), page(2))]
+    shown = np.stack([comparison.planes(details.unpacked(SIGNER._image(data)["picture"])) for data in files])
+    a, b = np.array([0, 0, 2, 1]), np.array([1, 2, 3, 3])
+    together = comparison.features(shown, a, b, align(comparison.thumbnails(shown), a, b))
+    for i in range(len(a)):
+        one = comparison.features(
+            shown, a[i : i + 1], b[i : i + 1], align(comparison.thumbnails(shown), a[i : i + 1], b[i : i + 1])
+        )
+        np.testing.assert_array_equal(one[0], together[i])
+    assert together.shape == (4, len(FEATURES))
+    assert np.isfinite(together).all()
+
+
+def test_more_difference_never_makes_a_pair_more_alike() -> None:
+    rows = np.random.default_rng(0).uniform(0, 1, (500, len(FEATURES))).astype(np.float32) * 30
+    for name, sign in (("unexplained", -1), ("cell_colour", -1), ("share_recoloured", -1), ("grain", 1), ("fine", 1)):
+        more = rows.copy()
+        more[:, FEATURES.index(name)] += 5
+        assert (sign * (comparison.scores(more) - comparison.scores(rows)) >= -1e-6).all()
+
+
+def test_a_run_tells_what_it_compared_and_decides_again_without_the_pictures(tmp_path: Path) -> None:
+    members = sample("a", encoded(icon("crimson"), "PNG"), "a") + sample("b", encoded(icon("crimson"), quality=60), "b")
+    members += sample("c", encoded(icon("teal"), "PNG"), "c") + sample("d", encoded(page(1), "PNG"), "d")
+    members += sample("e", encoded(page(2), "PNG"), "e") + sample("f", encoded(page(2), quality=60), "f")
+    write_tar(tmp_path / "in" / "a.tar", members)
+    run = memfilter.run([str(tmp_path / "in")], tmp_path / "out", workers=1)
+    rows = {row["key"]: row for row in run.table().to_pylist()}
+    dropped = {key: row for key, row in rows.items() if row["action"] == "drop"}
+    assert len(dropped) == 2
+    assert all(row["match_score"] >= row["match_threshold"] == 0.5 for row in dropped.values())
+    assert all(row["match_score"] is None is row["match_threshold"] for key, row in rows.items() if key not in dropped)
+
+    (tmp_path / "in" / "a.tar").rename(tmp_path / "gone.tar")
+    (tmp_path / "strict.yaml").write_text("images: {match_threshold: 0.999999}\noutput: {shards: false}")
+    again = memfilter.rethreshold(tmp_path / "out", tmp_path / "strict.yaml").table().to_pylist()
+    assert [row["action"] for row in again] == ["keep"] * 6
