@@ -11,6 +11,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -87,12 +88,25 @@ class NamedOrder(_Section):
 KeepKey = Annotated[str, AfterValidator(_keep_key)] | NamedOrder
 
 
+def _colour(value: Any) -> str:
+    from PIL import ImageColor  # only where a colour is given
+
+    try:
+        levels = bytes(ImageColor.getrgb(value))
+    except (ValueError, AttributeError, TypeError):  # the last two where it is no text
+        levels = b""
+    if len(levels) != 3:
+        raise PydanticCustomError("colour", "No opaque colour; give its name, or '#rrggbb' in quotes")
+    return f"#{levels.hex()}"
+
+
 class Images(_Section):
     """How images are compared, and which of a group is kept."""
 
     hash: Literal["phash", "dhash", "ahash", "whash", "pdq"] = "phash"
     hash_radius: Annotated[int, Field(ge=0, le=31)] = 4  # 31 with pdq
     decode: Literal["fast", "full"] = "fast"
+    ground: Annotated[str, BeforeValidator(_colour)] = "#ffffff"  # behind transparent pixels; kept as '#rrggbb'
     encoder: str | None = "builtin"
     encoder_similarity: Annotated[float, Field(gt=0, le=2)] | None = None
     keep: Annotated[tuple[KeepKey, ...], Field(min_length=1, strict=False)] = KEEP

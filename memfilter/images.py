@@ -6,8 +6,9 @@ import io
 import logging
 import os
 import re
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -59,12 +60,18 @@ class Decoded:
     colour: npt.NDArray[np.uint8] | None = None
 
 
-def decode(data: bytes, full: bool, max_pixels: int, side: int = HASH_SIDE, colour: int = 0) -> Decoded:
+def decode(
+    data: bytes, full: bool, max_pixels: int, side: int = HASH_SIDE, colour: int = 0, ground: str | None = "white"
+) -> Decoded:
     """Return the image decoded to its end and turned upright; the header is checked before any pixel is decoded.
 
     A fast decode has at least `side` pixels on the shorter side, or the image's own; so have its RGB pixels with
     `colour`, which leave the grey ones as they are without.  With `full`, the pixels are those that imagededup itself
-    would hash, but for the turn.  Raises BadImage.
+    would hash, but for the turn, and for images that are transparent or have more than 8 bits a channel.
+
+    Transparency is composed on `ground`, a colour that Pillow knows, at full size, and deep pixels are scaled to 8
+    bits.  Without a ground both are as in Pillow's `convert("RGB")`: the alpha channel is dropped, and what is above
+    255 is white.  Raises BadImage.
     """
     if not data:
         raise BadImage("empty_image", "the image member has 0 bytes")
@@ -76,7 +83,7 @@ def decode(data: bytes, full: bool, max_pixels: int, side: int = HASH_SIDE, colo
             return _decode_jpeg(data, max_pixels, side, colour)
         except ValueError:  # Pillow is asked before an image is called unreadable
             pass
-    return _decode_with_pillow(data, full, max_pixels, side, colour)
+    return _decode_with_pillow(data, full, max_pixels, side, colour, ground)
 
 
 def cropped(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
@@ -134,22 +141,34 @@ def _orientation(read: Callable[[], Image.Exif]) -> object:
         return None
 
 
-def _decode_with_pillow(data: bytes, full: bool, max_pixels: int, side: int, colour: int) -> Decoded:
+def _decode_with_pillow(
+    data: bytes, full: bool, max_pixels: int, side: int, colour: int, ground: str | None
+) -> Decoded:
     image, width, height = _load(data, max_pixels, None if full else ("L", side))
     orientation = _orientation(image.getexif)  # only now: loading a TIFF turns it
-    if full:
-        pixels = np.asarray(_plain(image, "RGB"))
-        return _upright(width, height, pixels, orientation, pixels if colour else None)
-    rgb = None
-    if colour:
-        is_drafted = image.format == "JPEG"
-        whole = _load(data, max_pixels, ("RGB", colour))[0] if is_drafted else image
-        rgb = np.asarray(_plain(_in_8_bits(whole), "RGB"))
-    return _upright(width, height, np.asarray(_plain(_in_8_bits(image), "L")), orientation, rgb)
+    is_drafted = image.format == "JPEG" and not full
+    try:
+        if ground is not None:
+            image = _in_8_bits(image, data, max_pixels)
+            image = _composed(image, data, ground)
+        if full:
+            pixels = np.asarray(_plain(image, "RGB"))
+            return _upright(width, height, pixels, orientation, pixels if colour else None)
+        rgb = None
+        if colour:
+            rgb = np.asarray(_plain(_load(data, max_pixels, ("RGB", colour))[0] if is_drafted else image, "RGB"))
+        return _upright(width, height, np.asarray(_plain(image, "L")), orientation, rgb)
+    except ValueError as e:  # some modes that Pillow opens it does not convert
+        raise BadImage("unreadable_image", f"{type(e).__name__}: {e}"[:200]) from e
 
 
-def _load(data: bytes, max_pixels: int, draft: tuple[str, int] | None) -> tuple[Image.Image, int, int]:
-    """Return the decoded image, scaled down as far as `draft`, a mode and a side, allows, and its own size."""
+def _load(
+    data: bytes, max_pixels: int, draft: tuple[str, int] | None, lower: bool = False
+) -> tuple[Image.Image, int, int]:
+    """Return the decoded image, scaled down as far as `draft`, a mode and a side, allows, and its own size.
+
+    Of colours of 16 bits it has the upper bytes, as Pillow gives them, or with `lower` the lower ones.
+    """
     try:
         with _quiet_pillow():
             image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -157,6 +176,8 @@ def _load(data: bytes, max_pixels: int, draft: tuple[str, int] | None) -> tuple[
             _check_work(image, max_pixels)
             if draft:
                 image.draft(draft[0], (draft[1], draft[1]))
+            if lower and isinstance(image, ImageFile.ImageFile):
+                image.tile = [ImageFile._Tile(*tile[:3], _other_byte(tile[3])) for tile in image.tile]
             with _quiet_libtiff() if image.format == "TIFF" else nullcontext():
                 image.load()
     except (BadImage, MemoryError):  # that memory is short is no defect of the image
@@ -170,8 +191,117 @@ def _load(data: bytes, max_pixels: int, draft: tuple[str, int] | None) -> tuple[
     return image, width, height
 
 
-def _in_8_bits(image: Image.Image) -> Image.Image:
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I;16") else image
+def _composed(image: Image.Image, data: bytes, ground: str) -> Image.Image:
+    """Return the image on the ground, blended to the nearest level; one without transparency as it is."""
+    if not image.has_transparency_data:
+        return image
+    key = image.info.get("transparency")
+    if isinstance(key, int) and image.format == "PNG" and image.mode != "P":  # Pillow spread the levels, not the key
+        image.info["transparency"] = min(key * _SPREAD.get(data[24], 1), 255)
+    elif isinstance(key, bytes):  # more than a palette holds
+        image.info["transparency"] = key[:256]
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode != "RGBA":
+        image = image.convert("RGBA")
+    canvas = Image.new("RGB", image.size, ground)
+    canvas.paste(image, mask=image)
+    return canvas
+
+
+_SPREAD = {1: 255, 2: 85, 4: 17}
+"""By the bits a channel of a PNG, its 25th byte: the distance of two grey levels in 8 bits."""
+
+
+def _in_8_bits(image: Image.Image, data: bytes, max_pixels: int) -> Image.Image:
+    """Return the image with 8 bits a channel, and with an alpha channel where one of its deep colours is transparent.
+
+    Of 16 bits unsigned, the smallest of 8, 10, 12, 14 and 16 that holds the maximum are in use, and the upper 8 of
+    these are kept.  Floats are scaled from 0 to 1 if all are within, other floats and integers from their minimum to
+    their maximum; where these are equal, all become 0.  NaN becomes the minimum, infinity the nearer end.
+    """
+    is_grey = image.mode[0] in "IF"
+    if not is_grey and not _has_deep_colours(image, data):
+        return image
+    lower = None if is_grey else _load(data, max_pixels, None, lower=True)[0]
+    boxes = list(_boxes(*image.size))
+    levels = _levels(_deep_pixels(image, lower, box) for box in boxes)
+    key = image.info.get("transparency")
+    is_transparent = key is not None or image.mode == "RGBA"
+    found = Image.new(("L" if is_grey else "RGB") + "A" * is_transparent, image.size)
+    for box in boxes:
+        pixels = _deep_pixels(image, lower, box)
+        tile = Image.fromarray(levels(pixels))
+        if key is not None:
+            shown = pixels != np.array(key)
+            tile.putalpha(Image.fromarray(shown if is_grey else shown.any(2)))
+        elif is_transparent:
+            tile.putalpha(image.crop(box).getchannel("A"))
+        found.paste(tile, box)
+    return found
+
+
+_Box = tuple[int, int, int, int]
+_TILE = 1 << 18  # pixels: as floats they take 2 MiB
+
+
+def _boxes(width: int, height: int) -> Iterator[_Box]:
+    """Yield boxes of a bounded number of pixels that cover an image."""
+    across = min(width, _TILE)
+    down = _TILE // across
+    for top in range(0, height, down):
+        for left in range(0, width, across):
+            yield left, top, min(left + across, width), min(top + down, height)
+
+
+def _has_deep_colours(image: Image.Image, data: bytes) -> bool:
+    """Whether the pixels are colours of 16 bits, and the upper bytes, which Pillow gives, are not enough."""
+    if image.mode not in ("RGB", "RGBA"):
+        return False
+    tags: Any = getattr(image, "tag_v2", {})
+    if (data[24] if image.format == "PNG" else tags.get(258, (8,))[0]) != 16:
+        return False
+    extrema: Any = image.getextrema()
+    return "transparency" in image.info or max(high for _, high in extrema[:3]) < 64
+
+
+def _other_byte(args: Any) -> Any:
+    """Return the arguments of a decoder for the other byte of each 16 bits; it has none for grey with alpha."""
+    raw, *more = (args,) if isinstance(args, str) else args
+    if raw.startswith(("RGB;16", "RGBA;16", "RGBX;16")):
+        native = "L" if sys.byteorder == "little" else "B"
+        raw = raw[:-1] + ("B" if raw[-1].replace("N", native) == "L" else "L")
+    return raw if isinstance(args, str) else (raw, *more)
+
+
+def _deep_pixels(image: Image.Image, lower: Image.Image | None, box: _Box) -> npt.NDArray[Any]:
+    """Return the pixels in a box: uint16, float32 or int32 grey (H, W), or with their lower bytes uint16 (H, W, 3)."""
+    pixels: npt.NDArray[Any] = np.asarray(image.crop(box))
+    if lower is not None:
+        both = np.stack([np.asarray(lower.crop(box)), pixels], 3)
+        return both.view("<u2")[:, :, :3, 0]
+    return pixels.astype(np.uint16) if image.mode == "I" and image.format == "PPM" else pixels
+
+
+def _levels(tiles: Iterable[npt.NDArray[Any]]) -> Callable[[npt.NDArray[Any]], npt.NDArray[np.uint8]]:
+    """Return the function that brings an image's pixels to 8 bits; these tiles, the whole image, give its range."""
+    low, high, kind = np.inf, -np.inf, ""
+    for pixels in tiles:
+        finite, kind = pixels[np.isfinite(pixels)], pixels.dtype.kind
+        if finite.size:
+            low, high = min(low, finite.min().item()), max(high, finite.max().item())
+    if kind == "u":
+        shift = next(bits for bits in (8, 10, 12, 14, 16) if high < 1 << bits) - 8
+        return lambda pixels: (pixels >> shift).astype(np.uint8)
+    if (kind == "f" and low >= 0 and high <= 1) or low > high:
+        low, high = 0.0, 1.0
+    span = (high - low) or 1.0
+
+    def scaled(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+        numbers: npt.NDArray[Any] = np.nan_to_num(pixels, nan=low, posinf=high, neginf=low)
+        return np.rint((numbers.astype(np.float64) - low) * 255 / span).astype(np.uint8)
+
+    return scaled
 
 
 def _plain(image: Image.Image, mode: str) -> Image.Image:

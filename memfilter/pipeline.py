@@ -156,8 +156,8 @@ class _Finished:
             if not is_signed(shard, path, self.config):
                 raise ConfigError(
                     f"{self.config_file or self.store.path}: {shard.name} has no signatures under this configuration; "
-                    "keys of 'input', images.hash, decode and encoder, and other fields of the json in images.keep, "
-                    "need 'memfilter run'"
+                    "keys of 'input', images.hash, decode, ground and encoder, and other fields of the json in "
+                    "images.keep, need 'memfilter run'"
                 )
 
     def decide(self, workers: int | None) -> Manifest:

@@ -436,6 +436,7 @@ def _pictures(
 ) -> Iterator[Pixels | str]:
     """Yield of each wanted sample, by its index, its image cropped to the model's size, or why it has none.
 
+    The image is the one that a training script sees: `convert("RGB")` of it, whatever `images.ground` says.
     Raises ShardError when the shard is not the one that was signed; its signatures are removed then.
     """
     try:
@@ -455,7 +456,7 @@ def _read_pictures(
             if member.index in wanted and member.index != last and member.suffix in images.SUFFIXES:
                 last = member.index
                 try:
-                    pixels = images.decode(member.read(), True, limits.max_pixels).pixels
+                    pixels = images.decode(member.read(), True, limits.max_pixels, ground=None).pixels
                     yield images.cropped(pixels, *size)
                 except images.BadImage as e:
                     yield f"no magnitude: {e.detail}"

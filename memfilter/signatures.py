@@ -43,6 +43,7 @@ _CONFIG_KEYS = (
     "input.max_bytes",
     "images.hash",
     "images.decode",
+    "images.ground",
 )
 _LIBRARIES = ("imagededup", "numpy", "pillow", "pywavelets", "scipy", "simplejpeg")
 
@@ -339,7 +340,8 @@ class Signer:
         return key, row
 
     def _image(self, data: bytes) -> dict[str, Any]:
-        decoded = images.decode(data, self.full, self.config.input.max_pixels, self.side, self.colour)
+        limit, ground = self.config.input.max_pixels, self.config.images.ground
+        decoded = images.decode(data, self.full, limit, self.side, self.colour, ground)
         small = images.thumbnail(decoded.pixels)
         row = {
             "digest": hashlib.sha256(data).digest()[:16],

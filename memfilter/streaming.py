@@ -38,7 +38,7 @@ Sample = dict[str, Any]
 _ACTION = {"record": KEEP, "mask": MASK, "drop": DROP}
 _MOST = 1 << 31
 _READ = ("input.caption", "input.caption_field", "input.uid_field", "input.max_pixels", "input.max_bytes")
-_COMPARED = ("images.hash", "images.hash_radius", "images.decode")
+_COMPARED = ("images.hash", "images.hash_radius", "images.decode", "images.ground")
 _SCORED = ("model", "denoiser", "lora", "lora_scale", "mode", "seeds", "steps", "guidance", "dtype")
 
 

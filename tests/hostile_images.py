@@ -339,7 +339,14 @@ ODD: dict[str, tuple[str, Maker]] = {
     "gif_animated": ("gif", lambda r: animated(r, "GIF", "P")),
     "webp_animated": ("webp", lambda r: animated(r, "WEBP", "RGB")),
     "webp_alpha": ("webp", lambda r: encoded(in_mode(r, "RGBA"), "WEBP")),
+    "png_palette_of_alphas": (
+        "png",
+        lambda r: encoded(in_mode(r, "P"), "PNG", transparency=r.bytes(between(r, 2, 256))),
+    ),
+    "png_colour_key": ("png", lambda r: encoded(in_mode(r, "RGB"), "PNG", transparency=(1, 2, 3))),
     "tiff_float": ("tiff", lambda r: encoded(in_mode(r, "F"), "TIFF")),
+    "tiff_float_not_a_number": ("tiff", lambda r: encoded(no_numbers(r), "TIFF")),
+    "tiff_int32": ("tiff", lambda r: encoded(Image.fromarray(r.integers(-(2**31), 2**31, (50, 60), np.int32)), "TIFF")),
     "tiff_lab": ("tif", lambda r: encoded(lab(r), "TIFF", compression=one_of(r, [None, "tiff_lzw", "tiff_deflate"]))),
     "tiff_cmyk": ("tif", lambda r: encoded(in_mode(r, "CMYK"), "TIFF", compression="tiff_lzw")),
     "mpo": ("jpg", lambda r: animated(r, "MPO", "RGB")),
@@ -365,6 +372,11 @@ def sixteen_bit(random: Random) -> Image.Image:
 def lab(random: Random) -> Image.Image:
     image = in_mode(random, "RGB")
     return Image.frombytes("LAB", image.size, image.tobytes())
+
+
+def no_numbers(random: Random) -> Image.Image:
+    noise = np.frombuffer(random.bytes(4 * 50 * 60), np.float32).reshape(50, 60)  # one in 256 is NaN
+    return Image.fromarray(np.where(random.random((50, 60)) < 0.1, np.float32(np.inf), noise))
 
 
 def sized(random: Random, width: int, height: int) -> bytes:

@@ -30,6 +30,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "hash": "phash",
         "hash_radius": 4,
         "decode": "fast",
+        "ground": "#ffffff",
         "encoder": "builtin",
         "encoder_similarity": None,
         "keep": ["resolution", "bytes", "caption_length", "uid"],
@@ -96,6 +97,7 @@ OTHERS: dict[str, Any] = {
     "images.hash": "whash",
     "images.hash_radius": 0,
     "images.decode": "full",
+    "images.ground": "#102030",
     "images.encoder": None,
     "images.encoder_similarity": 1.0,
     "images.keep": ["uid"],
@@ -271,6 +273,7 @@ WRONG = {
     "images.hash": ["md5", "PHASH", "null"],
     "images.hash_radius": ["-1", "17", "4.5", "four", "null", "[4]", "true"],
     "images.decode": ["slow", "null"],
+    "images.ground": ["whitish", "''", "'#12345'", "'#ffffff80'", "transparent", "'rgb(0, 0, 256)'", "#ffffff\n", "7"],
     "images.encoder": ["3", "[builtin]"],
     "images.encoder_similarity": ["0", "2.01", "-1", "high", ".nan", "true"],
     "images.keep": [
@@ -341,6 +344,16 @@ def test_a_wrong_type_or_range_names_its_key_and_value(key: str, value: str, tmp
 def test_a_value_out_of_range_is_told_with_the_range(tmp_path: Path) -> None:
     message = refusal(tmp_path, "images: {hash_radius: 17}")
     assert message == "images.hash_radius = 17: Input should be less than or equal to 16, or 31 with hash: pdq"
+
+
+def test_a_ground_has_one_form_and_one_digest_however_it_is_named(tmp_path: Path) -> None:
+    for name in ("white", "White", "#fff", "#FFFFFF", "rgb(100%, 100%, 100%)", "hsl(0, 0%, 100%)"):
+        config = loaded(tmp_path, f"images: {{ground: '{name}'}}")
+        assert config.images.ground == "#ffffff"
+        assert config.digest("images.ground") == Config().digest("images.ground")
+    assert loaded(tmp_path, "images: {ground: navy}").images.ground == "#000080"
+    message = refusal(tmp_path, "images:\n  ground: #ffffff\n")  # in YAML that is a comment
+    assert message == "images.ground = None: No opaque colour; give its name, or '#rrggbb' in quotes"
 
 
 def test_the_semantic_tier_needs_an_encoder(tmp_path: Path) -> None:

@@ -100,6 +100,11 @@ FORMS: dict[str, Callable[[Image.Image], bytes]] = {
 }
 
 
+OWN = ("png-palette-with-a-transparent-colour", "png-rgba", "png-grey-alpha", "png-16-bit", "webp-rgba")
+"""Kinds that imagededup drops the alpha channel of or cuts off at 255: their full decode is none of its."""
+ITS = [kind for kind in FORMS if kind not in OWN]
+
+
 def sixteen_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
 
@@ -132,7 +137,7 @@ def test_a_fast_decode_has_the_bits_that_imagededup_gives_its_pixels(method: str
         assert our_hash(method, data, "fast") == hasher(method).encode_image(image_array=given)
 
 
-@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("kind", ITS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_full_decode_has_imagededups_own_hash_bits(method: str, kind: str, tmp_path: Path) -> None:
     for seed in range(2):
@@ -146,7 +151,7 @@ def test_a_full_decode_of_a_photo_has_imagededups_own_hash_bits(method: str, rea
         assert our_hash(method, data) == own_hash(method, data, tmp_path)
 
 
-@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("kind", ITS)
 def test_a_full_decode_of_a_photo_in_any_form_has_imagededups_own_hash_bits(
     kind: str, real: list[bytes], tmp_path: Path
 ) -> None:
@@ -156,8 +161,7 @@ def test_a_full_decode_of_a_photo_in_any_form_has_imagededups_own_hash_bits(
         assert our_hash(method, data) == own_hash(method, data, tmp_path)
 
 
-# imagededup clips 16-bit pixels, and so does the full decode
-@pytest.mark.parametrize("kind", [kind for kind in FORMS if kind != "png-16-bit"])
+@pytest.mark.parametrize("kind", FORMS)
 def test_both_decodes_report_the_size_of_the_file_and_show_the_same_picture(kind: str) -> None:
     data = FORMS[kind](picture(3, 500, 301))
     fast, full = opened(data, full=False), opened(data, full=True)

@@ -286,6 +286,17 @@ def test_a_run_scores_every_pair_and_masks_those_at_or_above_the_threshold(
     assert memfilter.verify(manifest.path) == []
 
 
+def test_a_transparent_image_is_scored_as_a_training_script_sees_it(models: dict[str, Path], tmp_path: Path) -> None:
+    image = picture(1, 64, 64)
+    image.putalpha(picture(2, 64, 64).convert("L"))
+    write_tar(tmp_path / "in" / "a.tar", sample("0", encoded(image, "PNG"), "a dog"))
+    manifest = memfilter.run([str(tmp_path / "in")], tmp_path / "out", config(models["epsilon"]), 1)
+    scorer = Scorer.load(str(models["epsilon"]), batch_size=2, mode="pair", timesteps=(200, 600))
+    seen = cropped(np.asarray(image.convert("RGB")), *scorer.denoiser.image_size)
+    expected = float(scorer.score_pairs(["a dog"], seen[None]).mean())
+    assert manifest.table()["magnitude"].to_pylist() == [pytest.approx(expected, rel=1e-6)]
+
+
 def test_the_values_of_every_seed_and_timestep_are_kept_by_uid(
     models: dict[str, Path], shards: Path, tmp_path: Path
 ) -> None:
@@ -353,10 +364,10 @@ def test_an_image_that_only_the_whole_decode_finds_broken_is_told(
 
     decode = images.decode
 
-    def strict(data: bytes, full: bool, *rest: Any) -> Any:
+    def strict(data: bytes, full: bool, *rest: Any, **more: Any) -> Any:
         if full and data != good:
             raise images.BadImage("unreadable_image", "its end is missing")
-        return decode(data, full, *rest)
+        return decode(data, full, *rest, **more)
 
     monkeypatch.setattr(images, "decode", strict)
     rows = memfilter.run([str(tmp_path / "in")], out, small, 1).table().to_pylist()
