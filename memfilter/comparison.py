@@ -19,7 +19,21 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from .alignment import _FLOOR, Alignment, _compiled, _mirrored, _refine, _resized, _sums, _warp, align
+from .alignment import (
+    _FLOOR,
+    _ROBUST,
+    Alignment,
+    _compiled,
+    _correlation,
+    _fine,
+    _lay,
+    _mirrored,
+    _refine,
+    _resized,
+    _sums,
+    _warp,
+    align,
+)
 from .records import THUMBNAIL_SIDE, Floats, Indices
 
 TREES = Path(__file__).with_name("comparison.safetensors")
@@ -75,11 +89,17 @@ FEATURES = (
     "grain_worst",
     "grain_tenth",
     "grain_worst_both",
+    "flat_recoloured",  # share of the pixels with hardly any slope in either whose colours are 20 levels apart
+    "colour_unexplained",  # mean distance of colours beyond what a shift by one pixel explains, and the largest of a
+    "cell_colour_unexplained",  # cell
 )
 
 _SIDE = 128
 _CELLS = 8
-_HALF, _STEPS = 64, 4  # side and steps at which the map is refined
+_HALF, _STEPS, _LAST_STEPS = 64, 4, 2  # side and steps at which the map is refined
+_LEAST_SQUARES = 20.0  # width of trust that leaves no pixel out
+_WELL = 0.8  # correlation of fine structure at which nothing else is tried
+_SYMMETRIC = 0.02  # of this correlation, that a mirror image must have more
 _FEWEST = 200  # pixels on each other, under which there is nothing to compare
 
 Planes = npt.NDArray[np.float32]
@@ -88,7 +108,7 @@ Planes = npt.NDArray[np.float32]
 @cache
 def identity() -> str:
     """What shapes a score: the trees, and how pictures are brought to them."""
-    return f"comparison-1/{xxhash.xxh3_128_hexdigest(TREES.read_bytes())}"
+    return f"comparison-2/{xxhash.xxh3_128_hexdigest(TREES.read_bytes())}"
 
 
 def planes(colour: npt.NDArray[np.uint8]) -> Planes:
@@ -155,25 +175,50 @@ def _climb(found, feature, limit, left, right, roots, score):  # type: ignore[no
 @_compiled
 def _compare_all(pictures, a, b, maps, mirrored, turned, found):  # type: ignore[no-untyped-def]
     for i in range(len(a)):
-        one, other = pictures[a[i]], pictures[b[i]]
+        one, other, affine = pictures[a[i]], pictures[b[i]], maps[i].copy()
+        upright = other
         if mirrored[i]:
-            flipped = np.empty_like(other)
+            other = np.empty_like(upright)
             for plane in range(3):
-                flipped[plane] = _mirrored(other[plane])
-            other = flipped
-        if turned[i]:
-            _compare(one, other, maps[i].copy(), found[i])
-        else:
-            _compare(other, one, maps[i].copy(), found[i])
+                other[plane] = _mirrored(upright[plane])
+        needle, hay = (one, other) if turned[i] else (other, one)
+        fit = _laid(needle[0], hay[0], affine)
+        # a symmetric drawing lies on its copy in the mirror too, and a soft edge can lead the search astray
+        if mirrored[i] or fit < _WELL:
+            as_it_is = np.empty(6)
+            _lay(as_it_is, 0.0, 0.0, 0.0)
+            if _laid(upright[0], one[0], as_it_is) >= fit - (_SYMMETRIC if mirrored[i] else 0.0):
+                needle, hay, affine, found[i, 1] = upright, one, as_it_is, 0.0
+        _compare(needle, hay, affine, found[i])
+
+
+@_compiled
+def _laid(needle, hay, affine):  # type: ignore[no-untyped-def]
+    """Refine how the needle lies on the hay; return the correlation of their fine structure.
+
+    Least squares come from further away; leaving pixels out comes closer where text or a border was added.
+    """
+    height = max(8, min(_HALF, round(abs(affine[1]) * _HALF)))
+    width = max(8, min(_HALF, round(abs(affine[5]) * _HALF)))
+    pattern, ground = _resized(_resized(needle, _HALF, _HALF), height, width), _resized(hay, _HALF, _HALF)
+    near = affine.copy()
+    _refine(pattern, ground, near, _STEPS, _ROBUST)
+    _refine(pattern, ground, affine, _STEPS, _LEAST_SQUARES)
+    _refine(pattern, ground, affine, _LAST_STEPS, _ROBUST)
+    laid, inside = np.empty_like(pattern), np.empty(pattern.shape, np.bool_)
+    fine = _fine(pattern)
+    _warp(ground, affine, laid, inside)
+    fit = _correlation(fine, _fine(laid), inside, 0, height, 0, width, 2.0)
+    _warp(ground, near, laid, inside)
+    nearer = _correlation(fine, _fine(laid), inside, 0, height, 0, width, 2.0)
+    if nearer > fit:
+        affine[:] = near
+    return max(fit, nearer)
 
 
 @_compiled
 def _compare(needle, hay, affine, found):  # type: ignore[no-untyped-def]
     """Fill in all features but the first two of a picture, the needle, that lies so on another, the hay."""
-    height = max(8, min(_HALF, round(abs(affine[1]) * _HALF)))
-    width = max(8, min(_HALF, round(abs(affine[5]) * _HALF)))
-    whole = _resized(needle[0], _HALF, _HALF)
-    _refine(_resized(whole, height, width), _resized(hay[0], _HALF, _HALF), affine, _STEPS)
     height = max(16, min(_SIDE, round(abs(affine[1]) * _SIDE)))
     width = max(16, min(_SIDE, round(abs(affine[5]) * _SIDE)))
     one, other = np.empty((3, height, width), np.float32), np.empty((3, height, width), np.float32)
@@ -201,7 +246,8 @@ _N, _A, _B, _AA, _BB, _AB = 0, 1, 2, 3, 4, 5
 _UA, _VA, _UB, _VB, _CAA, _CBB, _CAB = 6, 7, 8, 9, 10, 11, 12
 _FAA, _FBB, _FAB, _MAA, _MBB, _MAB = 13, 14, 15, 16, 17, 18
 _FLAT_A, _FLAT_B, _DIFFERENCE, _UNEXPLAINED, _LARGE, _RECOLOURED = 19, 20, 21, 22, 23, 24
-_SUMS = 25
+_BOTH_FLAT, _FLAT_RECOLOURED, _COLOUR_UNEXPLAINED = 25, 26, 27
+_SUMS = 28
 
 
 @_compiled
@@ -254,7 +300,13 @@ def _summed(one, other, inside, fine_a, fine_b):  # type: ignore[no-untyped-def]
             s[_UA], s[_VA], s[_UB], s[_VB] = s[_UA] + a, s[_VA] + b, s[_UB] + c, s[_VB] + d
             s[_CAA], s[_CBB] = s[_CAA] + a * a + b * b, s[_CBB] + c * c + d * d
             s[_CAB] += a * c + b * d
-            s[_RECOLOURED] += (a - c) ** 2 + (b - d) ** 2 > 400
+            distance = np.sqrt((a - c) ** 2 + (b - d) ** 2)
+            tint_a = _slope(one[1], i, j) + _slope(one[2], i, j)
+            tint_b = _slope(other[1], i, j) + _slope(other[2], i, j)
+            flat = max(slope_a, slope_b) < 4 and max(tint_a, tint_b) < 8
+            s[_RECOLOURED], s[_BOTH_FLAT] = s[_RECOLOURED] + (distance > 20), s[_BOTH_FLAT] + flat
+            s[_FLAT_RECOLOURED] += flat and distance > 20
+            s[_COLOUR_UNEXPLAINED] += max(distance - max(tint_a, tint_b), 0.0)
     return sums
 
 
@@ -287,6 +339,7 @@ def _as_a_whole(sums, n, found):  # type: ignore[no-untyped-def]
     found[12] = np.sqrt((s[_UA] - s[_UB]) ** 2 + (s[_VA] - s[_VB]) ** 2)
     found[13], found[14], found[15], found[17] = s[_FLAT_A], s[_FLAT_B], s[_DIFFERENCE], s[_UNEXPLAINED]
     found[18], found[20] = s[_LARGE], s[_RECOLOURED]
+    found[47], found[48] = s[_FLAT_RECOLOURED] / (s[_BOTH_FLAT] + 0.01), s[_COLOUR_UNEXPLAINED]
     found[38], found[39], found[40], found[41] = np.sqrt(aa), np.sqrt(bb), np.sqrt(s[_FAA]), np.sqrt(s[_FBB])
     return gain, s[_B] - gain * s[_A]
 
@@ -323,6 +376,7 @@ def _in_cells(sums, unfitted, pixels, found):  # type: ignore[no-untyped-def]
             found[21] = max(found[21], abs(s[_A] - s[_B]) / m)
             found[22], found[23] = max(found[22], colour), max(found[23], s[_UNEXPLAINED] / m)
             found[24] = max(found[24], unfitted[i, j] / m)
+            found[49] = max(found[49], s[_COLOUR_UNEXPLAINED] / m)
             a, b = np.sqrt(s[_FAA] / m), np.sqrt(s[_FBB] / m)
             c = _alike(s[_FAA], s[_FBB], s[_FAB], 2.0 * m)
             less, more = min(a, b), max(a, b)
