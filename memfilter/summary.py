@@ -158,8 +158,8 @@ def _doubts(found: dict[str, Any], read: int) -> list[str]:
         text.append(f"look      {group['count']:,} samples joined {name} with {group['captions']:,} different captions")
     if text:
         text.append(
-            "          check the manifest's pairs of uid and canonical_uid, those of the lowest match_score first; where "
-            "they are no copies raise images.match_threshold, or set policy.image_duplicate: record, and rethreshold"
+            "          check the manifest's pairs of uid and canonical_uid, those of the lowest match_score first; if"
+            " they are no copies, raise images.match_threshold or set policy.image_duplicate: record, then rethreshold"
         )
     return text
 
