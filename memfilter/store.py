@@ -288,7 +288,10 @@ def read_digest(path: Path) -> str:
 
 def read_note(path: Path) -> dict[str, Any]:
     """Return the note written beside a table, empty where there is none; raises RunError for a damaged file."""
-    note: dict[str, Any] = json.loads(_metadata(path).get(_NOTE, b"{}"))
+    try:
+        note: dict[str, Any] = json.loads(_metadata(path).get(_NOTE, b"{}"))
+    except ValueError as e:
+        raise RunError(f"{path}: missing or damaged; run the same command again") from e
     return note
 
 

@@ -38,15 +38,15 @@ def verify(path: str | Path, progress: Callable[[list[str]], Iterable[str]] = it
             problems.append(f"{name}: its bytes have changed")
         except OSError as e:
             problems.append(f"{name}: cannot be read: {e.strerror}")
-    try:
-        recorded_by(store, [Shard(shard["name"], "", None) for shard in info["shards"]])
-    except RunError as e:
-        problems.append(str(e))
     counts = manifest.counts
     if counts["read"] != sum(counts[a] for a in ACTIONS):
         problems.append(f"counts: {counts['read']} read is not the sum of {counts}")
     if problems:
         return problems
+    try:
+        recorded_by(store, [Shard(shard["name"], "", None) for shard in info["shards"]])
+    except RunError as e:
+        problems.append(str(e))
     actions = manifest.table(["action"])["action"].value_counts().to_pylist()
     held = {a["values"]: a["counts"] for a in actions}
     if held != {a: counts[a] for a in ACTIONS if counts[a]}:
