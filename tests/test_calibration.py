@@ -37,7 +37,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import detect
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_thread")]
 
 CAPTIONS = [f"{'a dog ' * (i % 5)}on a mat, number {i}" for i in range(12)]
 

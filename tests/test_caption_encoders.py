@@ -34,7 +34,7 @@ from memfilter.store import Store, read_note
 sentence_transformers = pytest.importorskip("sentence_transformers")
 model2vec = pytest.importorskip("model2vec")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_thread")]
 
 WORDS = "a the dog cat runs sleeps on in red green house garden ein hund كلب يجري في الحديقة".split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz一只狗在跑庭院"

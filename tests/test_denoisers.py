@@ -22,7 +22,7 @@ from memfilter.magnitude import Scorer
 from memfilter.scores import score_captions
 from memfilter.store import Store
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_thread")]
 
 CAPTIONS = ["a dog on a mat", "Ein Hund, 漢字", "the van gogh cafe terrace " * 30]
 SHAPE = (4, LATENT_SIDE, LATENT_SIDE)

@@ -14,6 +14,8 @@ from memfilter.config import Config
 from memfilter.edges import _PAIRS_A_ROW, _affordable
 from memfilter.encoders.builtin import Builtin
 
+pytestmark = pytest.mark.numerical
+
 
 def edits(picture: Image.Image) -> dict[str, Image.Image]:
     barred = picture.copy()

@@ -37,7 +37,7 @@ from memfilter.errors import ConfigError, MemfilterError, ModelError
 from memfilter.records import Shard
 from memfilter.signatures import Signer, signature_digest
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_thread")]
 
 SHAPES = [(96, 80), (80, 96), (400, 130), (33, 57), (160, 160)]
 CLIP = {

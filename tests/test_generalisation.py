@@ -37,7 +37,7 @@ from memfilter.generalisation import flagged
 from memfilter.magnitude import Scorer
 from memfilter.rewriters import PROMPT, LocalModel, Rule, checked
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_thread")]
 
 PAIRS = ["a dog runs near Paris", "a cat sleeps", "a truck of Anna turns", "a horse stands in 1999", "a bus waits"]
 SINGLES = ["a dog waits in a park", "near a park runs a cat", "a bus stands near a truck", "he sleeps"]

@@ -28,7 +28,7 @@ from memfilter.inference import (
 )
 from memfilter.insertions import insert_numbers, insert_tokens, repeat_words, seeded, vocabulary
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_thread")]
 
 FAMILIES = ("sd", "v", "sdxl", "sd3")
 PROMPTS = ["a dog on a cat", "of one dog", "a very red house, 1987"]

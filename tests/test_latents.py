@@ -17,7 +17,7 @@ from memfilter.attribution import attribute
 from memfilter.demo.memorized import MODEL
 from memfilter.denoisers import Denoiser, find_model, load_denoiser
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_thread")]
 
 FLOWS = ("sd3", "flux", "sana", "lumina2", "z_image", "qwen_image")
 SHAPE = (4, LATENT_SIDE, LATENT_SIDE)

@@ -39,7 +39,7 @@ BATCH = 4
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from pipelines import FAMILIES, LATENT_SIDE, WIDTH, _unet
 from memfilter import ConfigError
 from memfilter.training import MaskedLoss, check_finite, harmless, masked_loss, total_weight
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_thread")]
 
 BATCH = 5
 WEIGHT = torch.tensor([1.0, 0.0, 0.5, 0.0, 1.0])

@@ -19,7 +19,7 @@ import memfilter
 from memfilter import Config, ConfigError, InputError, Manifest, Threshold
 from memfilter.training import AntiGradientControl, MagnitudeMask, MaskedLoss, Schedule, Sightings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_thread")]
 
 BATCH = 6
 NAN = float("nan")

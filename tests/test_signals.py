@@ -27,7 +27,7 @@ from memfilter.signals import (
     sharpness,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_thread")]
 
 TWO = ["a dog on a mat", "Ein Hund, 漢字"]
 CAPTIONS = [*TWO, "the van gogh cafe terrace " * 30]

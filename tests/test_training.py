@@ -11,7 +11,7 @@ from memfilter.training import masked_loss
 BATCH = 5
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
