@@ -30,7 +30,7 @@ from .generalisation import FLAGS, flagged, general_captions, outcome, read_gene
 from .generality import Rater, find_rater, generality_outcome, score_generality
 from .groups import distinct_captions, group, load_samples
 from .manifest import Manifest
-from .recorded import check_signed, differences, parse_stored, recorded_by, unchanged
+from .recorded import check_signed, differences, parse_stored, recorded_by, stored_shards, unchanged
 from .records import ACTIONS, MANIFEST, MASK, Decisions, Samples, Scores, Shard
 from .rewriters import Answer, find_rewriter
 from .scores import check_devices, score_captions, score_pairs
@@ -148,7 +148,7 @@ class _Job:
         lists = []
         for stored in (self.store.read_run(), read_sealed(self.work.run_file)):
             lists += [stored["shards"], stored.get("earlier", [])] if stored else []
-        self.earlier = {values[0]: Shard(*values) for shards in lists for values in shards}
+        self.earlier = {shard.name: shard for shards in lists for shard in stored_shards(self.store.path, shards)}
 
     def begin(self) -> None:
         """Store what the decision is made of; what a killed one left is cleared, unless a journal tells of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,22 @@ _FREE: dict[str, set[str]] = {  # keys that decide nothing; of models the files 
 _UPDATE = "'memfilter run' with --update"
 
 
+def stored_shards(path: Path, lists: list[list[Any]]) -> list[Shard]:
+    """Return the shards of a run.json; raises RunError for a name that leads out of the run directory."""
+    shards = [Shard(*values) for values in lists]
+    for shard in shards:
+        if os.path.isabs(shard.name) or ".." in shard.name.split("/"):
+            raise RunError(
+                f"{path}: its run.json names the shard {shard.name!r}, which lies outside; give another --out"
+            )
+    return shards
+
+
 def parse_stored(path: Path, stored: dict[str, Any]) -> tuple[Config, list[Shard], ModelFiles | None]:
     """Return configuration, shards and model of a run; raises RunError for a run.json that does not hold them."""
     try:
         model = ModelFiles(*stored["model"]) if stored["model"] else None
-        return Config.parse(stored["config"]), [Shard(*values) for values in stored["shards"]], model
+        return Config.parse(stored["config"]), stored_shards(path, stored["shards"]), model
     except (ConfigError, KeyError, TypeError) as e:
         raise RunError(
             f"{path}: its run.json is damaged, or of another version of memfilter ({e}); read the input again with "
