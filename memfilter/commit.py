@@ -71,7 +71,8 @@ class Planner:
         self.work, self.run, self.earlier, self.config, self.fresh = work, work.base, earlier, config, fresh
         self.journal = self.run.read_journal()
         self.plan = Plan(kept=set(self.journal.kept) if self.journal else set())
-        self.needed: list[Shard] = []
+        self.needed: list[Shard] = []  # inputs that samples are to be read from
+        self.standing: list[Shard] = []  # those that the filtered shards stand for, where these are sound
         self.foreign: list[str] = []
         self.stems: dict[str, list[str]] = {}
         for name in earlier:
@@ -116,8 +117,8 @@ class Planner:
         if is_there and not is_own:
             self.foreign.append(name)
         held = self._held(shard, kept, told)
-        if len(kept) and held is None and not self.fresh:
-            self.needed.append(shard)
+        if len(kept) and not self.fresh:
+            (self.needed if held is None else self.standing).append(shard)
         now = tar.stat().st_size if tar.exists() else 0
         self.plan.growth.append((now, _estimate(kept, held, sizes, now, read_note(signature).get("bytes", 0))))
         self.plan.kept |= {kept_as, *([told["kept"]] if told else [])}
@@ -132,13 +133,11 @@ class Planner:
         except RunError:
             return None
 
-    def _is_own(self, name: str, told: dict[str, Any] | None) -> bool:
+    def _is_own(self, name: str, told: dict[str, Any]) -> bool:
         """Tell whether a marker is this run's: its digest is one that its manifest, journal or parts give.
 
         Manifests of earlier versions do not, so that their parts are asked.
         """
-        if told is None:
-            return False
         if told["kept"] in self.plan.kept or told["kept"] == self.filtered.get(name):
             return True
         before = self._before(name) if name not in self.filtered else None
@@ -152,23 +151,20 @@ class Planner:
         notes = [read_note(store.signatures(shard.name)) for store in (self.run, self.work)]
         if notes[0].get("digest") != notes[1].get("digest") or not np.isin(kept, before[1]).all():
             return None
-        tar = self.run.shards / shard.name
-        return before[1] if self.fresh or (told and file_digest(tar) == told.get("digest")) else None
+        return before[1]
 
     def _stale(self, wanted: set[str], listed: dict[str, Shard]) -> None:
         """Find the filtered shards that are no longer meant; those whose input is gone stay."""
-        approved = set(self.journal.remove) if self.journal else set()
         asked: list[Shard] = []
         for name, shard in sorted({**self.earlier, **listed}.items()):
             if name in wanted:
                 continue
             is_there, told = (self.run.shards / name).exists(), sink.read_marker(self.run.shards, name)
-            if name in approved:  # and perhaps gone, but for its marker
-                self.plan.remove += [name] if is_there or self._is_own(name, told) else []
-            elif is_there and told is not None and self._is_own(name, told):
+            if told is not None and self._is_own(name, told):
                 self.plan.remove.append(name)
                 self.plan.kept.add(told["kept"])
-                asked += [] if name in listed and self.fresh else [shard]
+                if is_there and not (self.fresh and name in listed):  # a killed call may have left the marker alone
+                    asked.append(shard)
         self.plan.left = sorted(self._faults(asked))
         self.plan.remove = [name for name in self.plan.remove if name not in self.plan.left]
 
@@ -197,12 +193,18 @@ class Planner:
         return None if same else "has changed"
 
     def _check_inputs(self) -> None:
-        if gone := self._faults(self.needed):
+        gone = self._faults(self.needed)
+        gone |= {name: fault for name, fault in self._faults(self.standing).items() if not self._is_sound(name)}
+        if gone:
             first = min(gone)
             raise ShardError(
                 f"{names_of(gone)}: cannot be read: {first}: {gone[first]}; the decision needs samples that the "
                 "filtered shards do not hold: bring the shard back, or set output.shards: false; nothing was changed"
             )
+
+    def _is_sound(self, name: str) -> bool:
+        told = sink.read_marker(self.run.shards, name)
+        return told is not None and file_digest(self.run.shards / name) == told.get("digest")
 
     def _check_room(self, workers: int) -> None:
         """Put those first that shrink; raise OSError where what grows has no room."""
@@ -213,10 +215,11 @@ class Planner:
         begun = np.r_[0, np.cumsum(after)]
         start = np.maximum(np.arange(len(after)) + 1 - workers, 0)  # of those that are written at once with each
         most = int((finished[start] + begun[1:] - begun[start]).max(initial=0))
-        free = shutil.disk_usage(self.run.path).free
+        folder = self.run.shards if self.run.shards.exists() else self.run.path  # it may be a link to another disk
+        free = shutil.disk_usage(folder).free
         if most > free:
             needs = f"the filtered shards need about {most:,} bytes, {free:,} are free; nothing was changed"
-            raise OSError(errno.ENOSPC, f"No space left on device: {needs}", str(self.run.path))
+            raise OSError(errno.ENOSPC, f"No space left on device: {needs}", str(folder))
 
 
 def _estimate(kept: Ints, held: Ints | None, sizes: pa.ChunkedArray, now: int, whole: int) -> int:
@@ -250,7 +253,7 @@ def commit(
     last = work.name(work.manifest / "manifest.json")
     moved = [name for name in (*sorted(info["files"]), last) if (work.path / name).exists()]
     if plan.write or plan.remove or any(_differs(work.path / name, run.path / name) for name in moved):
-        write_sealed(run.journal, asdict(Journal(command, sorted(plan.kept), plan.remove)))
+        write_sealed(run.journal, asdict(Journal(command, sorted(plan.kept))))
     if info["config"]["output"]["shards"]:
         _write_shards(plan.write, len(info["shards"]), workers, max_memory)
     expected = {sink.marker(run.shards, name) for name in plan.counts}
@@ -264,10 +267,11 @@ def commit(
         os.replace(work.path / name, run.path / name)
     run.write_run(settings)
     run.journal.unlink(missing_ok=True)
-    shutil.rmtree(work.path, ignore_errors=True)
+    work.clear()
     if plan.left:
         log.warning(
-            "%s: %s: not meant any more, and kept: the input is gone, so that nothing could make them again",
+            "%s: %s: not meant any more, and kept: the input is gone or has changed, so that nothing could make them "
+            "again",
             run.shards,
             names_of(plan.left),
         )

@@ -47,8 +47,8 @@ def read_marker(folder: Path, shard: str) -> dict[str, Any] | None:
             return dict(told)
         was = told.pop("was")
         digest = file_digest(tar) if tar.is_file() else None
-        standing = next((one for one in (told, was) if one and one["digest"] == digest), None)
-    except (OSError, ValueError, KeyError, TypeError):
+        standing = next((one for one in (told, was) if digest and one and one.get("digest") == digest), None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     if standing is None:
         return {"kept": told["kept"]}  # neither is there
@@ -120,7 +120,7 @@ def _make(
     keep[kept] = True
     content = read_note(signatures)["digest"]
     try:
-        if held is not None and was and file_digest(tar) == was["digest"]:
+        if held is not None and was and file_digest(tar) == was.get("digest"):
             standing = Shard(shard.name, str(tar.absolute()), was["bytes"])
             _filter(standing, temporary, [keys[i] for i in held], keep[held], None, timeout)
             return

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +65,24 @@ class Store:
         """Return the paths of a decision about this run, beside its own files."""
         return Store(self.path / "next", self)
 
+    def check_own(self) -> None:
+        """Raise RunError where the folder of a decision holds something else, which would be removed with it."""
+        is_folder = self.path.is_dir() and not self.path.is_symlink()
+        is_new = not os.path.lexists(self.path) or (is_folder and not any(self.path.iterdir()))
+        # the run.json of a run, as of one that was given this folder as its --out, has no `earlier`
+        if not is_new and not (is_folder and "earlier" in (read_sealed(self.run_file) or {})):
+            raise RunError(
+                f"{self.path}: in the way, and not written by this run (or its run.json is damaged); move it away and "
+                "run the same command again"
+            )
+
+    def clear(self) -> None:
+        """Remove the folder of a decision; its run.json, by which it is known to be one, goes last."""
+        for path in self.path.iterdir():
+            if path != self.run_file:
+                shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def at(self, path: Path) -> Path:
         """Return where a file of this decision is read: its own, or else the run's."""
         if self.base is None or path.exists():
@@ -106,7 +125,7 @@ class Store:
     def locked(self) -> Iterator[None]:
         """Hold the run directory for this process alone; the lock dies with the process.
 
-        Raises RunError when another run holds it or it cannot be written.
+        Raises RunError when another run holds it, it cannot be written, or `next/` holds what no decision left there.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -120,6 +139,7 @@ class Store:
             for left_over in self.path.rglob(".*.tmp"):
                 if _TEMPORARY.fullmatch(left_over.name):
                     left_over.unlink()
+            self.beside().check_own()
             yield
         finally:
             lock.release()
@@ -167,16 +187,15 @@ class Store:
         if not self.journal.exists():
             return None
         values = read_sealed(self.journal) or {}  # one that is damaged still says that not all fits together
-        return Journal(values.get("command", "run"), values.get("kept", []), values.get("remove", []))
+        return Journal(values.get("command", "run"), values.get("kept", []))
 
 
 @dataclass(frozen=True)
 class Journal:
-    """What a decision does to the filtered shards from the first to the last file that it replaces."""
+    """What is known of a decision from the first to the last file that it replaces."""
 
     command: str  # that finishes it
     kept: list[str]  # the digests of filtered shards, by which those of the run are known that no part tells of
-    remove: list[str]  # names of shards that are no longer meant
 
 
 @contextmanager

@@ -184,7 +184,8 @@ def test_a_failure_in_the_middle_of_deciding_costs_nothing_of_what_stood(run: Pa
     wrong["magnitude"] = {"model": "nobody/nothing"}
     with pytest.raises(memfilter.MemfilterError):
         memfilter.rethreshold(run, file_of(tmp_path, **wrong), workers=1)
-    (run / "next" / "edges").mkdir(parents=True, exist_ok=True)
+    killed(run, file_of(tmp_path, **MASK), "manifest/parts/b/00002.tar.parquet")
+    (run / "next" / "edges").mkdir()
     (run / "next" / "edges" / "hash.parquet").write_bytes(b"half")  # as a crash of the machine leaves it
     assert standing(run) == before
     memfilter.rethreshold(run, workers=1)
@@ -335,6 +336,44 @@ def test_what_the_run_did_not_write_stays(own: tuple[Path, Path], finished: Path
     memfilter.rethreshold(out, file_of(tmp_path, output={"shards": False}), workers=1)
     assert {name: (out / name).read_bytes() for name in foreign} == foreign
     assert not list((out / "shards").rglob("0000[0-3].tar"))
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "run", "link"])
+def test_what_lies_where_decisions_are_made_is_not_removed_with_one(
+    what: str, run: Path, finished: Path, tmp_path: Path
+) -> None:
+    following = run / "next"
+    if what == "file":
+        following.write_bytes(b"mine")
+    elif what == "folder":
+        following.mkdir()
+        (following / "mine.txt").write_bytes(b"mine")
+    elif what == "run":  # `--out run/next`
+        shutil.copytree(finished, following)
+    else:
+        following.symlink_to(shutil.copytree(finished, tmp_path / "elsewhere"))
+    before = tree(run)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"out/next: in the way, and not written by this run .*; move it away"):
+            memfilter.rethreshold(run, file_of(tmp_path, **MASK), workers=1)
+    assert tree(run) == before
+    following.rename(tmp_path / "moved")
+    following.mkdir()
+    memfilter.rethreshold(run, file_of(tmp_path, **MASK), workers=1)
+    assert not following.exists()
+
+
+@pytest.mark.parametrize("name", ["../../victim.tar", "/tmp/victim.tar", "a/../../../victim.tar"])
+def test_a_stored_shard_that_lies_outside_of_the_run_is_refused(name: str, run: Path, tmp_path: Path) -> None:
+    for file in (tmp_path / "victim.tar", tmp_path / "victim_stats.json"):
+        file.write_text('{"kept": "mine"}')
+    stored = json.loads((run / "run.json").read_text())
+    del stored["digest"]
+    write_sealed(run / "run.json", {**stored, "shards": [*stored["shards"], [name, name, 1, "1"]]})
+    before = tree(tmp_path)
+    with pytest.raises(RunError, match=r"its run\.json names the shard '.*victim\.tar', which lies outside"):
+        memfilter.rethreshold(run, workers=1)
+    assert {n: d for n, d in tree(tmp_path).items() if not n.endswith(".lock")} == before
 
 
 def test_a_foreign_shard_in_the_way_is_not_overwritten(run: Path, tmp_path: Path) -> None:
@@ -544,6 +583,25 @@ def test_shards_that_grow_need_room_before_the_first_is_replaced(
     assert memfilter.verify(small_disk / "out") == []
     filler.unlink()
     assert memfilter.rethreshold(small_disk / "out", tmp_path / "config.yaml", workers=1).counts["keep"] == 9
+
+
+def test_the_room_that_counts_is_that_of_the_filtered_shards(
+    small_disk: Path,  # noqa: F811
+    own: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    _, out = own
+    (out / "shards").rename(tmp_path / "shards")
+    (out / "shards").symlink_to(shutil.copytree(tmp_path / "shards", small_disk / "shards"))
+    before = standing(out)
+    filler = fill(small_disk, but=4096)
+    with pytest.raises(OSError, match=r"the filtered shards need about .* are free; nothing was changed"):
+        memfilter.rethreshold(out, file_of(tmp_path, **RECORD), workers=1)
+    filler.unlink()
+    assert standing(out) == before
+    assert memfilter.verify(out) == []
+    memfilter.rethreshold(out, tmp_path / "config.yaml", workers=1)
+    assert memfilter.verify(out) == []
 
 
 # -- what signatures were made by -------------------------------------------------------------------------------------

@@ -331,4 +331,6 @@ def test_what_a_killed_call_left_in_doubt_is_settled_by_the_shard_itself(replace
     signed.marker.write_text(json.dumps({**after, "was": before}))
     signed.tar.write_bytes(bytes(len(old)))
     assert read_marker(signed.out, signed.shard.name) == {"kept": "other"}
+    signed.marker.write_text(json.dumps({**before, "was": {"kept": "other"}}))  # killed once more
+    assert read_marker(signed.out, signed.shard.name) == {"kept": "digest"}
     assert not is_written(signed.shard, signed.out, "other")
