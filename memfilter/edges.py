@@ -105,7 +105,7 @@ def _gain(encoder: Encoder) -> float:
 def _hash_edges(samples: Samples, store: Store, config: Config) -> pa.Table:
     radius = max(config.images.hash_radius, _PDQ_RADIUS if config.images.hash == "pdq" else _RADIUS)
     key = digest_of(["hash-edges-2", signatures_digest(samples.shards, store), radius])
-    path = store.edges / "hash.parquet"
+    path = store.place(store.edges / "hash.parquet", key)
     if not done(path, key):
         rows = np.flatnonzero(hashed(samples))
         values, place = np.unique(hashes_of(samples)[rows], return_index=True)
@@ -121,7 +121,7 @@ def _embedding_edges(samples: Samples, store: Store, encoder: Encoder, wanted: f
     highest = max(wanted, own)  # copies over it are sure, however many a heavy group has
     inputs = signatures_digest(samples.shards, store)
     key = digest_of(["embedding-edges-3", inputs, lowest, highest, gain, METHOD])
-    path = store.edges / "embedding.parquet"
+    path = store.place(store.edges / "embedding.parquet", key)
     work = store.edges / f"embedding-{key}"  # what a killed join left there is its own
     if not done(path, key):
         compared = np.flatnonzero(samples.compared)
