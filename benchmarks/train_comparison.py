@@ -58,6 +58,7 @@ RISING = (
 FREE = (
     *("inside", "area", "log_gain", "colour_one", "colour_other", "flat_one", "flat_other", "strong", "textured"),
     *("deviation_one", "deviation_other", "fine_one", "fine_other"),
+    *("ground_one", "ground_other"),
 )
 """Features that say more for a copy the higher they are, and those that may say either; all others say less."""
 

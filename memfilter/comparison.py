@@ -92,6 +92,8 @@ FEATURES = (
     "flat_recoloured",  # share of the pixels with hardly any slope in either whose colours are 20 levels apart
     "colour_unexplained",  # mean distance of colours beyond what a shift by one pixel explains, and the largest of a
     "cell_colour_unexplained",  # cell
+    "ground_one",  # share of the pixels of one level, the most frequent one: drawings have a ground, photos hardly
+    "ground_other",
 )
 
 _SIDE = 128
@@ -108,7 +110,7 @@ Planes = npt.NDArray[np.float32]
 @cache
 def identity() -> str:
     """What shapes a score: the trees, and how pictures are brought to them."""
-    return f"comparison-2/{xxhash.xxh3_128_hexdigest(TREES.read_bytes())}"
+    return f"comparison-3/{xxhash.xxh3_128_hexdigest(TREES.read_bytes())}"
 
 
 def planes(colour: npt.NDArray[np.uint8]) -> Planes:
@@ -190,6 +192,19 @@ def _compare_all(pictures, a, b, maps, mirrored, turned, found):  # type: ignore
             if _laid(upright[0], one[0], as_it_is) >= fit - (_SYMMETRIC if mirrored[i] else 0.0):
                 needle, hay, affine, found[i, 1] = upright, one, as_it_is, 0.0
         _compare(needle, hay, affine, found[i])
+        found[i, 50], found[i, 51] = _ground(needle[0]), _ground(hay[0])
+
+
+@_compiled
+def _ground(luma):  # type: ignore[no-untyped-def]
+    """Return the share of the pixels in the 8 levels that most pixels have."""
+    levels = np.zeros(65, np.int64)
+    for level in luma.flat:
+        levels[min(max(int(level), 0), 255) // 4] += 1
+    most = 0
+    for i in range(64):  # JPEG may spread a level over two bins
+        most = max(most, levels[i] + levels[i + 1])
+    return most / luma.size
 
 
 @_compiled
