@@ -190,14 +190,12 @@ def _sums(picture):  # type: ignore[no-untyped-def]
     height, width = picture.shape
     sums = np.zeros((height + 1, width + 1))
     for i in range(height):
-        line = 0.0
+        above, levels, line = sums[i, 1:], picture[i], sums[i + 1, 1:]
         for j in range(width):
-            line += picture[i, j]
-            sums[i + 1, j + 1] = line
-    for i in range(height):
-        above, line = sums[i], sums[i + 1]
-        for j in range(width + 1):
-            line[j] += above[j]
+            line[j] = above[j] + levels[j]
+    for j in range(width):  # along the lines, all of them at once: each sum waits for the one before it
+        for i in range(height + 1):
+            sums[i, j + 1] += sums[i, j]
     return sums
 
 
@@ -215,10 +213,10 @@ def _means(sums, reach):  # type: ignore[no-untyped-def]
         share = 1.0 / ((end - top) * (2 * reach + 1))
         for j in range(width - 2 * reach):
             inner[j] = (right[j] - left[j]) * share
-        for j in range(width):
-            if j < reach or j >= width - reach:
-                first, last = max(j - reach, 0), min(j + reach + 1, width)
-                mean[j] = (line[last] - line[first]) / ((end - top) * (last - first))
+        for k in range(min(2 * reach, width)):
+            j = k if k < reach else max(width - 2 * reach, 0) + k
+            first, last = max(j - reach, 0), min(j + reach + 1, width)
+            mean[j] = (line[last] - line[first]) / ((end - top) * (last - first))
     return means
 
 

@@ -301,17 +301,25 @@ def _summed(pixels, ends):  # type: ignore[no-untyped-def]
     """Return the sums of each cell, (cells, cells, _SUMS)."""
     sums = np.zeros((_CELLS, _CELLS, _SUMS))
     for cell in range(_CELLS * _CELLS):
-        s, own = sums[cell // _CELLS, cell % _CELLS], pixels[:, ends[cell] : ends[cell + 1]]
-        s[_N] = ends[cell + 1] - ends[cell]
-        s[_A], s[_B], s[_AA], s[_BB], s[_AB] = _moments(own[_P], own[_Q])
-        _, _, s[_FAA], s[_FBB], s[_FAB] = _moments(own[_FINE], own[_FINE + 1])
-        _, _, s[_MAA], s[_MBB], s[_MAB] = _moments(own[_MIDDLE], own[_MIDDLE + 1])
-        s[_UA], s[_UB], uu, ww, uw = _moments(own[_U], own[_W])
-        s[_VA], s[_VB], vv, xx, vx = _moments(own[_V], own[_X])
+        s, first, last = sums[cell // _CELLS, cell % _CELLS], ends[cell], ends[cell + 1]
+        p, q, u, v = _planes_of(pixels, first, last, _P, _Q, _U, _V)
+        w, x, fine_p, fine_q = _planes_of(pixels, first, last, _W, _X, _FINE, _FINE + 1)
+        middle_p, middle_q, slope_p, slope_q = _planes_of(pixels, first, last, _MIDDLE, _MIDDLE + 1, _SLOPE, _SLOPE + 1)
+        s[_N] = last - first
+        s[_A], s[_B], s[_AA], s[_BB], s[_AB] = _moments(p, q)
+        _, _, s[_FAA], s[_FBB], s[_FAB] = _moments(fine_p, fine_q)
+        _, _, s[_MAA], s[_MBB], s[_MAB] = _moments(middle_p, middle_q)
+        s[_UA], s[_UB], uu, ww, uw = _moments(u, w)
+        s[_VA], s[_VB], vv, xx, vx = _moments(v, x)
         s[_CAA], s[_CBB], s[_CAB] = uu + vv, ww + xx, uw + vx
-        _differences(own[_P], own[_Q], own[_SLOPE], own[_SLOPE + 1], s)
-        _recoloured(own[_U], own[_V], own[_W], own[_X], s)
+        _differences(p, q, slope_p, slope_q, s)
+        _recoloured(u, v, w, x, s)
     return sums
+
+
+@_compiled
+def _planes_of(pixels, first, last, a, b, c, d):  # type: ignore[no-untyped-def]
+    return pixels[a, first:last], pixels[b, first:last], pixels[c, first:last], pixels[d, first:last]
 
 
 @_compiled
@@ -382,8 +390,8 @@ def _unfitted(pixels, ends, gain, offset, n, found):  # type: ignore[no-untyped-
     in_cells = np.zeros((_CELLS, _CELLS))
     total, large = 0.0, 0.0
     for cell in range(_CELLS * _CELLS):
-        own, rest = pixels[:, ends[cell] : ends[cell + 1]], 0.0
-        one, other, slope_one, slope_other = own[_P], own[_Q], own[_SLOPE], own[_SLOPE + 1]
+        first, last, rest = ends[cell], ends[cell + 1], 0.0
+        one, other, slope_one, slope_other = _planes_of(pixels, first, last, _P, _Q, _SLOPE, _SLOPE + 1)
         for i in range(len(one)):
             difference = abs(gain * one[i] + offset - other[i])
             unexplained = max(difference - max(slope_one[i], slope_other[i]), 0.0)
