@@ -1,4 +1,4 @@
-"""Pictures that are no photos, drawn: 19 kinds in two lists, of which any two pictures are different.
+"""Pictures that are no photos, drawn: 20 kinds in two lists, of which any two pictures are different.
 
     python benchmarks/documents.py --out SHEETS
 
@@ -43,6 +43,7 @@ TUNING = {
     "music": Kind(pages.music),
     "dialog": Kind(pages.dialog, 8, 0.1),
     "code": Kind(pages.code, 8),
+    "signal": Kind(pictures.signal, 1000),
 }
 HELD_OUT = {
     "product": Kind(pictures.product, 48),

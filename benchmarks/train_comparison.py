@@ -39,10 +39,15 @@ from memfilter.signatures import Signer
 PHOTOS = ("photos/00000.tar", "photos/00001.tar")
 SMALL = ("tiny/*.tar", "unlabelled/0000[01].tar")
 SEEN = [kind for kind, made in KINDS.items() if made.training != "no"]
+OFTEN = ("mirror", "mirror_crop", "hue_saturation", "tint", "duotone", "grey")  # as a graphic, it would be another
 NEAR, RADIUS = 0.45, 6  # cosine and bits of a candidate
 COPIES = (24, 6)  # of a photo, and of a small one
 UNLIKE = {"openclipart-stars": 9}
 """Weight of the unlike pairs of a set, 1 that of its copies: 9 for drawn series that differ in little, else 3."""
+WEIGHT = {"photos": 3}
+"""Weight of a set's pairs, else 1."""
+SERIES = {"ledger": 96, "signal": 240}
+"""Number of documents of a kind, else 45."""
 FOLDS = 5
 ITERATIONS, LEAVES, RATE = 400, 16, 0.08
 
@@ -86,7 +91,7 @@ def main() -> None:
     for folder in given.graphics:
         sets[folder.name] = lambda folder=folder: graphic_pairs(folder.name, pictures_below(folder, given.most))
     for name, kind in TUNING.items():
-        drawn = documents({name: kind}, 96 if name == "ledger" else 45, seed=77)
+        drawn = documents({name: kind}, SERIES.get(name, 45), seed=77)
         sets[name] = lambda name=name, drawn=drawn: graphic_pairs(name, [on_white(p) for _, p, _ in drawn])
     tables = {}
     for name, make in sets.items():
@@ -215,7 +220,7 @@ def photo_pairs(data: Path) -> dict[str, Any]:
     large = [photo for name in PHOTOS for photo in jpegs([data / name])]
     small = [photo for pattern in SMALL for photo in jpegs(sorted(data.glob(pattern)))]
     random = Random("photos")
-    combinations = [(kind, strength) for kind in SEEN for strength in STRENGTHS]
+    combinations = [(kind, strength) for kind in [*SEEN, *OFTEN, *OFTEN] for strength in STRENGTHS]
     files, true = [*large, *small], []
     chosen = [*((i, COPIES[0]) for i in range(len(large)))]
     chosen += [(len(large) + i, COPIES[1]) for i in random.sample(range(len(small)), 300)]
@@ -254,7 +259,7 @@ def train(tables: dict[str, dict[str, Any]], bias: float) -> tuple[dict[str, npt
         parts.append(rows)
         unlike = UNLIKE.get(name, 9 if name in TUNING else 3)
         share = np.where(rows["true"], 1 / rows["true"].sum(), unlike / (~rows["true"]).sum())
-        weights.append(share / share.mean())
+        weights.append(share / share.mean() * WEIGHT.get(name, 1))
         names += [name] * len(rows["a"])
         folds += [zlib.crc32(f"{name} {a % 50}".encode()) for a in rows["a"].tolist()]
     x, y = (np.concatenate([part[column] for part in parts]) for column in ("features", "true"))

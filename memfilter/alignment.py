@@ -18,6 +18,7 @@ from numba import njit
 _COARSE = 16
 _REFINED = 3  # places that are refined, beside lying as they are and in the mirror
 _STEPS, _LAST_STEPS = 8, 5  # of a refinement at 16 x 16, and of the best one's at full size
+_ROBUST = 1.4  # width of trust at which text and borders are left out
 _HOPELESS = 0.1  # evidence at 16 x 16 under which full size would not help
 
 _ENOUGH = 3.0  # evidence beyond which more says no more
@@ -145,7 +146,7 @@ def _refined(needle, hay, affine, steps):  # type: ignore[no-untyped-def]
     height = max(4, min(len(needle), round(abs(affine[1]) * len(needle))))
     width = max(4, min(len(needle), round(abs(affine[5]) * len(needle))))
     pattern = _resized(needle, height, width)
-    _refine(pattern, hay, affine, steps)
+    _refine(pattern, hay, affine, steps, _ROBUST)
     return _judge(pattern, hay, affine)
 
 
@@ -381,8 +382,11 @@ def _correlation(one, other, inside, top, bottom, left, right, floor):  # type: 
 
 
 @_compiled
-def _refine(needle, hay, affine, steps):  # type: ignore[no-untyped-def]
-    """Move the affine map to where needle and hay agree best, pixels that never agree left out."""
+def _refine(needle, hay, affine, steps, width_of_trust):  # type: ignore[no-untyped-def]
+    """Move the affine map to where needle and hay agree best.
+
+    Pixels that differ by several times this width times the mean difference are left out.
+    """
     height, width = needle.shape
     laid, inside = np.empty_like(needle), np.empty(needle.shape, np.bool_)
     trust = np.ones_like(needle)
@@ -404,7 +408,7 @@ def _refine(needle, hay, affine, steps):  # type: ignore[no-untyped-def]
             for j in range(width):
                 t = weight[j] * np.float32(within[j])
                 spread += t * abs((first[j] - a) / own - (second[j] - b) / its)
-        _equations(needle, laid, inside, trust, a, b, own, its, 1.4 * spread / n + 0.1, normal, right)
+        _equations(needle, laid, inside, trust, a, b, own, its, width_of_trust * spread / n + 0.1, normal, right)
         if not _solve(normal, right):
             return
         y, down, across = affine[0], affine[1], affine[2]

@@ -19,7 +19,23 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from .alignment import _FLOOR, Alignment, _compiled, _means, _mirrored, _refine, _resized, _sums, _warp_planes, align
+from .alignment import (
+    _FLOOR,
+    _ROBUST,
+    Alignment,
+    _compiled,
+    _correlation,
+    _fine,
+    _lay,
+    _means,
+    _mirrored,
+    _refine,
+    _resized,
+    _sums,
+    _warp,
+    _warp_planes,
+    align,
+)
 from .compiled import kernel
 from .records import THUMBNAIL_SIDE, Floats, Indices
 
@@ -76,11 +92,17 @@ FEATURES = (
     "grain_worst",
     "grain_tenth",
     "grain_worst_both",
+    "flat_recoloured",  # share of the pixels with hardly any slope in either whose colours are 20 levels apart
+    "colour_unexplained",  # mean distance of colours beyond what a shift by one pixel explains, and the largest of a
+    "cell_colour_unexplained",  # cell
 )
 
 _SIDE = 128
 _CELLS = 8
-_HALF, _STEPS = 64, 4  # side and steps at which the map is refined
+_HALF, _STEPS, _LAST_STEPS = 64, 4, 2  # side and steps at which the map is refined
+_LEAST_SQUARES = 20.0  # width of trust that leaves no pixel out
+_WELL = 0.8  # correlation of fine structure at which nothing else is tried
+_SYMMETRIC = 0.02  # of this correlation, that a mirror image must have more
 _FEWEST = 200  # pixels on each other, under which there is nothing to compare
 
 Planes = npt.NDArray[np.float32]
@@ -89,7 +111,7 @@ Planes = npt.NDArray[np.float32]
 @cache
 def identity() -> str:
     """What shapes a score: the trees, and how pictures are brought to them."""
-    return f"comparison-1/{xxhash.xxh3_128_hexdigest(TREES.read_bytes())}"
+    return f"comparison-2/{xxhash.xxh3_128_hexdigest(TREES.read_bytes())}"
 
 
 def planes(colour: npt.NDArray[np.uint8], found: Planes | None = None) -> Planes:
@@ -187,25 +209,50 @@ def _climb(found, feature, limit, left, right, roots, score):  # type: ignore[no
 def _compare_all(pictures, a, b, maps, mirrored, turned, found):  # type: ignore[no-untyped-def]
     room = np.empty((2, _PLANES * _SIDE * _SIDE), np.float32)
     for i in range(len(a)):
-        one, other = pictures[a[i]], pictures[b[i]]
+        one, other, affine = pictures[a[i]], pictures[b[i]], maps[i].copy()
+        upright = other
         if mirrored[i]:
-            flipped = np.empty_like(other)
+            other = np.empty_like(upright)
             for plane in range(3):
-                flipped[plane] = _mirrored(other[plane])
-            other = flipped
-        if turned[i]:
-            _compare(one, other, maps[i].copy(), found[i], room)
-        else:
-            _compare(other, one, maps[i].copy(), found[i], room)
+                other[plane] = _mirrored(upright[plane])
+        needle, hay = (one, other) if turned[i] else (other, one)
+        fit = _laid(needle[0], hay[0], affine)
+        # a symmetric drawing lies on its copy in the mirror too, and a soft edge can lead the search astray
+        if mirrored[i] or fit < _WELL:
+            as_it_is = np.empty(6)
+            _lay(as_it_is, 0.0, 0.0, 0.0)
+            if _laid(upright[0], one[0], as_it_is) >= fit - (_SYMMETRIC if mirrored[i] else 0.0):
+                needle, hay, affine, found[i, 1] = upright, one, as_it_is, 0.0
+        _compare(needle, hay, affine, found[i], room)
+
+
+@_compiled
+def _laid(needle, hay, affine):  # type: ignore[no-untyped-def]
+    """Refine how the needle lies on the hay; return the correlation of their fine structure.
+
+    Least squares come from further away; leaving pixels out comes closer where text or a border was added.
+    """
+    height = max(8, min(_HALF, round(abs(affine[1]) * _HALF)))
+    width = max(8, min(_HALF, round(abs(affine[5]) * _HALF)))
+    pattern, ground = _resized(_resized(needle, _HALF, _HALF), height, width), _resized(hay, _HALF, _HALF)
+    near = affine.copy()
+    _refine(pattern, ground, near, _STEPS, _ROBUST)
+    _refine(pattern, ground, affine, _STEPS, _LEAST_SQUARES)
+    _refine(pattern, ground, affine, _LAST_STEPS, _ROBUST)
+    laid, inside = np.empty_like(pattern), np.empty(pattern.shape, np.bool_)
+    fine = _fine(pattern)
+    _warp(ground, affine, laid, inside)
+    fit = _correlation(fine, _fine(laid), inside, 0, height, 0, width, 2.0)
+    _warp(ground, near, laid, inside)
+    nearer = _correlation(fine, _fine(laid), inside, 0, height, 0, width, 2.0)
+    if nearer > fit:
+        affine[:] = near
+    return max(fit, nearer)
 
 
 @_compiled
 def _compare(needle, hay, affine, found, room):  # type: ignore[no-untyped-def]
     """Fill in all features but the first two of a picture, the needle, that lies so on another, the hay."""
-    height = max(8, min(_HALF, round(abs(affine[1]) * _HALF)))
-    width = max(8, min(_HALF, round(abs(affine[5]) * _HALF)))
-    whole = _resized(needle[0], _HALF, _HALF)
-    _refine(_resized(whole, height, width), _resized(hay[0], _HALF, _HALF), affine, _STEPS)
     height = max(16, min(_SIDE, round(abs(affine[1]) * _SIDE)))
     width = max(16, min(_SIDE, round(abs(affine[5]) * _SIDE)))
     seen = room[0, : _PLANES * height * width].reshape(_PLANES, height, width)
@@ -217,8 +264,12 @@ def _compare(needle, hay, affine, found, room):  # type: ignore[no-untyped-def]
     found[3] = abs(affine[1] * affine[5] - affine[2] * affine[4]) * found[2]
     if n < _FEWEST:
         return
-    _structure(seen[_P], seen[_FINE], seen[_MIDDLE], seen[_SLOPE])
-    _structure(seen[_Q], seen[_FINE + 1], seen[_MIDDLE + 1], seen[_SLOPE + 1])
+    seen[_SLOPE:] = 0
+    for k in range(2):
+        _structure(seen[3 * k], seen[_FINE + k], seen[_MIDDLE + k])
+        _add_slopes(seen[3 * k], seen[_SLOPE + k])
+        _add_slopes(seen[3 * k + 1], seen[_TINT + k])
+        _add_slopes(seen[3 * k + 2], seen[_TINT + k])
     pixels = room[1, : _PLANES * n].reshape(_PLANES, n)
     ends = _by_cell(seen, inside, pixels)
     sums = _summed(pixels, ends)
@@ -230,9 +281,9 @@ def _compare(needle, hay, affine, found, room):  # type: ignore[no-untyped-def]
 
 
 # planes of the pixels that are compared: levels and colours of the needle and of the hay, and of both fine structure,
-# that between 3 and 13 pixels, and slopes
-_P, _U, _V, _Q, _W, _X, _FINE, _MIDDLE, _SLOPE = 0, 1, 2, 3, 4, 5, 6, 8, 10
-_PLANES = 12
+# that between 3 and 13 pixels, and slopes of levels and of colours
+_P, _U, _V, _Q, _W, _X, _FINE, _MIDDLE, _SLOPE, _TINT = 0, 1, 2, 3, 4, 5, 6, 8, 10, 12
+_PLANES = 14
 
 # of a cell: pixels; levels, their squares and product; colours, their squares and products; fine and middle structure,
 # squares and products; flat pixels; differences, unexplained ones, and how many are large
@@ -240,26 +291,32 @@ _N, _A, _B, _AA, _BB, _AB = 0, 1, 2, 3, 4, 5
 _UA, _VA, _UB, _VB, _CAA, _CBB, _CAB = 6, 7, 8, 9, 10, 11, 12
 _FAA, _FBB, _FAB, _MAA, _MBB, _MAB = 13, 14, 15, 16, 17, 18
 _FLAT_A, _FLAT_B, _DIFFERENCE, _UNEXPLAINED, _LARGE, _RECOLOURED = 19, 20, 21, 22, 23, 24
-_SUMS = 25
+_BOTH_FLAT, _FLAT_RECOLOURED, _COLOUR_UNEXPLAINED = 25, 26, 27
+_SUMS = 28
 
 
 @_compiled
-def _structure(picture, fine, middle, slope):  # type: ignore[no-untyped-def]
-    """Fill in a picture's fine and middle structure, and by how many levels it changes from each pixel to the next."""
-    height, width = picture.shape
+def _structure(picture, fine, middle):  # type: ignore[no-untyped-def]
+    """Fill in a picture's fine and middle structure."""
     sums = _sums(picture)
     fine[:] = picture - _means(sums, 2)
     middle[:] = _means(sums, 1) - _means(sums, 6)
+
+
+@_compiled
+def _add_slopes(picture, slopes):  # type: ignore[no-untyped-def]
+    """Add by how many levels the picture changes from each pixel to the next."""
+    height, width = picture.shape
     half = np.float32(0.5)
     for i in range(height):
-        above, line, below, found = picture[max(i - 1, 0)], picture[i], picture[min(i + 1, height - 1)], slope[i]
+        above, line, below, slope = picture[max(i - 1, 0)], picture[i], picture[min(i + 1, height - 1)], slopes[i]
         for j in range(width):
-            found[j] = abs(below[j] - above[j]) * half
-        right, inner = line[2:], found[1:]
+            slope[j] += abs(below[j] - above[j]) * half
+        right, inner = line[2:], slope[1:]
         for j in range(width - 2):
             inner[j] += abs(right[j] - line[j]) * half
-        found[0] += abs(line[1] - line[0]) * half
-        found[width - 1] += abs(line[width - 1] - line[width - 2]) * half
+        slope[0] += abs(line[1] - line[0]) * half
+        slope[width - 1] += abs(line[width - 1] - line[width - 2]) * half
 
 
 @_compiled
@@ -313,7 +370,8 @@ def _summed(pixels, ends):  # type: ignore[no-untyped-def]
         s[_VA], s[_VB], vv, xx, vx = _moments(v, x)
         s[_CAA], s[_CBB], s[_CAB] = uu + vv, ww + xx, uw + vx
         _differences(p, q, slope_p, slope_q, s)
-        _recoloured(u, v, w, x, s)
+        tint_p, tint_q = pixels[_TINT, first:last], pixels[_TINT + 1, first:last]
+        _recoloured(u, v, w, x, slope_p, slope_q, tint_p, tint_q, s)
     return sums
 
 
@@ -344,11 +402,15 @@ def _differences(one, other, slope_one, slope_other, s):  # type: ignore[no-unty
 
 
 @_compiled
-def _recoloured(u, v, w, x, s):  # type: ignore[no-untyped-def]
-    recoloured = 0.0
+def _recoloured(u, v, w, x, slope_one, slope_other, tint_one, tint_other, s):  # type: ignore[no-untyped-def]
+    recoloured, flats, both, rest = 0.0, 0.0, 0.0, 0.0
     for i in range(len(u)):
-        recoloured += (u[i] - w[i]) ** 2 + (v[i] - x[i]) ** 2 > 400
-    s[_RECOLOURED] = recoloured
+        distance = np.sqrt((u[i] - w[i]) ** 2 + (v[i] - x[i]) ** 2)
+        tint, far = max(tint_one[i], tint_other[i]), distance > 20
+        flat = (max(slope_one[i], slope_other[i]) < 4) & (tint < 8)
+        recoloured, flats, both = recoloured + far, flats + flat, both + (flat & far)
+        rest += max(distance - tint, np.float32(0))
+    s[_RECOLOURED], s[_BOTH_FLAT], s[_FLAT_RECOLOURED], s[_COLOUR_UNEXPLAINED] = recoloured, flats, both, rest
 
 
 @_compiled
@@ -380,6 +442,7 @@ def _as_a_whole(sums, n, found):  # type: ignore[no-untyped-def]
     found[12] = np.sqrt((s[_UA] - s[_UB]) ** 2 + (s[_VA] - s[_VB]) ** 2)
     found[13], found[14], found[15], found[17] = s[_FLAT_A], s[_FLAT_B], s[_DIFFERENCE], s[_UNEXPLAINED]
     found[18], found[20] = s[_LARGE], s[_RECOLOURED]
+    found[47], found[48] = s[_FLAT_RECOLOURED] / (s[_BOTH_FLAT] + 0.01), s[_COLOUR_UNEXPLAINED]
     found[38], found[39], found[40], found[41] = np.sqrt(aa), np.sqrt(bb), np.sqrt(s[_FAA]), np.sqrt(s[_FBB])
     return gain, s[_B] - gain * s[_A]
 
@@ -416,6 +479,7 @@ def _in_cells(sums, unfitted, pixels, found):  # type: ignore[no-untyped-def]
             found[21] = max(found[21], abs(s[_A] - s[_B]) / m)
             found[22], found[23] = max(found[22], colour), max(found[23], s[_UNEXPLAINED] / m)
             found[24] = max(found[24], unfitted[i, j] / m)
+            found[49] = max(found[49], s[_COLOUR_UNEXPLAINED] / m)
             a, b = np.sqrt(s[_FAA] / m), np.sqrt(s[_FBB] / m)
             c = _alike(s[_FAA], s[_FBB], s[_FAB], 2.0 * m)
             less, more = min(a, b), max(a, b)

@@ -45,45 +45,53 @@ def resized(pixels: Pixels, side: int, box: Box | None = None) -> Pixels:
 def content(picture: Pixels) -> Box | None:
     """Return where the content of a picture (128, 128, 3) is: top, bottom, left and right; None if it is one colour.
 
-    A border is lines of one colour, up to 16 levels, from the outside in, on any side.  Where there was one on all four
-    sides, another is looked for inside it.
+    A border is lines of one colour, up to 16 levels, from the outside in, on one side or on opposite ones.  Where there
+    was one on all four sides, another is looked for inside it.  Bands with nothing inside are no border but a flag.
     """
+    if _is_one_colour(picture):
+        return None
     box, inner = WHOLE, WHOLE
     for _ in range(_FRAMES):
         border = _border(picture[inner[0] : inner[1], inner[2] : inner[3]])
-        if border is None:
-            return None if box == WHOLE else _widened(box)
-        if not any(border):
-            break
-        box = inner[0] + border[0], inner[1] - border[1], inner[2] + border[2], inner[3] - border[3]
+        cut = inner[0] + border[0], inner[1] - border[1], inner[2] + border[2], inner[3] - border[3]
         # the next line is mixed of the border's colour and of what comes behind it
-        inner = box[0] + 1, box[1] - 1, box[2] + 1, box[3] - 1
-        if not all(border) or inner[0] >= inner[1] or inner[2] >= inner[3]:
+        within = cut[0] + 1, cut[1] - 1, cut[2] + 1, cut[3] - 1
+        left = picture[within[0] : within[1], within[2] : within[3]]
+        if not any(border) or not left.size or _is_one_colour(left):
+            break
+        box, inner = cut, within
+        if not all(border):
             break
     return _widened(box)
 
 
-def _border(picture: Pixels) -> Box | None:
-    """Return how many lines of one colour there are above, below, left and right; None if there is nothing else."""
-    above = _lines(picture)
-    if above == len(picture):
-        return None
-    below = _lines(picture[::-1])
-    if above + below >= len(picture):  # two colours with nothing between them
-        return None
-    columns = picture[above : len(picture) - below].swapaxes(0, 1)
-    left = _lines(columns)
-    return None if left == len(columns) else (above, below, left, _lines(columns[::-1]))
+def _border(picture: Pixels) -> Box:
+    """Return how many lines of one colour there are above, below, left and right."""
+    above, below = _opposite(picture)
+    return above, below, *_opposite(picture[above : len(picture) - below].swapaxes(0, 1))
+
+
+def _opposite(picture: Pixels) -> tuple[int, int]:
+    """Return how many lines of one colour there are above, and how many of the same below; none where all are."""
+    above, below = _lines(picture), _lines(picture[::-1])
+    same = np.abs(_colour(picture[0]) - _colour(picture[-1])).max() <= 2 * _ALIKE
+    return (above, below) if above + below < len(picture) and (same or not (above and below)) else (0, 0)
 
 
 def _lines(picture: Pixels) -> int:
     """Return how many lines from the first one on have the first one's colour."""
-    first = picture[0].astype(np.int16)
-    colour = np.sort(first, axis=0)[len(first) // 2]
-    if np.abs(first - colour).max() > _ALIKE:
-        return 0
-    same = np.abs(picture.astype(np.int16) - colour).max((1, 2)) <= _ALIKE
+    same = np.abs(picture.astype(np.int16) - _colour(picture[0])).max((1, 2)) <= _ALIKE
     return len(same) if same.all() else int(same.argmin())
+
+
+def _colour(pixels: Pixels) -> npt.NDArray[np.int16]:
+    """Return the median colour of pixels (N, 3)."""
+    middle: npt.NDArray[np.int16] = np.sort(pixels.astype(np.int16), axis=0)[len(pixels) // 2]
+    return middle
+
+
+def _is_one_colour(picture: Pixels) -> bool:
+    return bool(np.abs(picture.astype(np.int16) - _colour(picture.reshape(-1, 3))).max() <= _ALIKE)
 
 
 def _widened(box: Box) -> Box:

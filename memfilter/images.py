@@ -197,7 +197,10 @@ def _load(
 
 
 def _composed(image: Image.Image, data: bytes, ground: str) -> Image.Image:
-    """Return the image on the ground, blended to the nearest level; one without transparency as it is."""
+    """Return the image on the ground, blended to the nearest level; one without transparency as it is.
+
+    What would not be seen on it, as white drawings on white, lies on black or on white, whichever is further away.
+    """
     if not image.has_transparency_data:
         return image
     key = image.info.get("transparency")
@@ -211,7 +214,20 @@ def _composed(image: Image.Image, data: bytes, ground: str) -> Image.Image:
         image = image.convert("RGBA")
     canvas = Image.new("RGB", image.size, ground)
     canvas.paste(image, mask=image)
+    if _spreads(canvas).max() <= _UNSEEN < _spreads(image)[-1]:
+        is_light = canvas.convert("L").getextrema()[0] >= 128  # type: ignore[operator]
+        canvas = Image.new("RGB", image.size, "black" if is_light else "white")
+        canvas.paste(image, mask=image)
     return canvas
+
+
+_UNSEEN = 16  # levels by which pixels differ that count as one colour
+
+
+def _spreads(image: Image.Image) -> npt.NDArray[np.int64]:
+    """Return the largest difference of two pixels' levels in each of several channels."""
+    found: npt.NDArray[np.int64] = np.ptp(np.array(image.getextrema(), np.int64), 1)
+    return found
 
 
 _SPREAD = {1: 255, 2: 85, 4: 17}

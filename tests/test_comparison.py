@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ def test_a_recoloured_mirrored_or_cropped_photo_is_a_copy(edit: str, photos: lis
 
 def test_photos_of_other_things_are_no_copies(photos: list[Image.Image]) -> None:
     files = [encoded(photo) for photo in photos]
-    assert max(score(one, other) for one, other in zip(files, files[1:], strict=False)) < comparison.THRESHOLD
+    assert max(score(one, other) for one, other in pairwise(files)) < comparison.THRESHOLD
 
 
 def test_a_score_does_not_depend_on_the_pairs_beside_it() -> None:
