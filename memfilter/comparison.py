@@ -105,6 +105,9 @@ _WELL = 0.8  # correlation of fine structure at which nothing else is tried
 _SYMMETRIC = 0.02  # of this correlation, that a mirror image must have more
 _FEWEST = 200  # pixels on each other, under which there is nothing to compare
 
+SHAPE = (3, _SIDE, _SIDE)
+"""Planes, height and width of a picture that is compared."""
+
 Planes = npt.NDArray[np.float32]
 
 
@@ -123,7 +126,7 @@ def planes(colour: npt.NDArray[np.uint8], found: Planes | None = None) -> Planes
 
     if colour.shape[:2] != (_SIDE, _SIDE):
         colour = np.asarray(Image.fromarray(colour).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR))
-    found = np.empty((3, _SIDE, _SIDE), np.float32) if found is None else found
+    found = np.empty(SHAPE, np.float32) if found is None else found
     _split(np.ascontiguousarray(colour), found)
     return found
 
