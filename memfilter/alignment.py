@@ -111,10 +111,9 @@ def _align(one, other, sizes, others, affine):  # type: ignore[no-untyped-def]
     small, small_other = _resized(one, _COARSE, _COARSE), _resized(other, _COARSE, _COARSE)
     small_mirrored = _mirrored(small_other)
     maps, weights = np.zeros((6 + 2 * len(others), 6)), np.empty(6 + 2 * len(others))
-    weights[0] = _search(small_other, small, sizes, maps[0])
-    weights[1] = _search(small_mirrored, small, sizes, maps[1])
-    weights[2] = _search(small, small_other, sizes, maps[2])
-    weights[3] = _search(small, small_mirrored, sizes, maps[3])
+    weights[0], weights[1] = _search(small_other, small, sizes, maps[0], maps[1])
+    weights[2], weights[3] = _search(small, small_other, sizes, maps[2], maps[3])
+    maps[3, 3] = 1 - maps[3, 3]  # the one lies in the mirrored other as its mirror image does in the other
     for k in range(4, len(maps) - 2):
         _lay(maps[k], others[k // 2 - 2, 0], others[k // 2 - 2, 1], others[k // 2 - 2, 2])
         weights[k] = _weight(small_mirrored if k % 2 else small_other, small, maps[k])
@@ -222,38 +221,44 @@ def _means(sums, reach):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _search(needle, hay, sizes, affine):  # type: ignore[no-untyped-def]
-    """Find size and place at which the needle correlates best with the hay; return the weight of that evidence."""
+def _search(needle, hay, sizes, affine, mirrored):  # type: ignore[no-untyped-def]
+    """Find size and place at which the needle, and its mirror image, correlate best with the hay; return the weights
+    of that evidence.
+    """
     side = hay.shape[0]
-    squared = np.empty_like(hay)
-    for i in range(side):
-        for j in range(side):
-            squared[i, j] = hay[i, j] * hay[i, j]
-    levels, squares = _sums(hay), _sums(squared)
-    shifted, pattern = _shifted(hay), np.empty(side * side, np.float32)
-    correlation = np.empty(side)
-    best = -1.0
+    levels, squares, shifted = _sums(hay), _sums(hay * hay), _shifted(hay)
+    patterns, products = np.empty((2, side * side), np.float32), np.empty((2, side))
+    best = np.array([-1.0, -1.0])
     for k in range(len(sizes)):
         height, width = sizes[k]
         n = height * width
-        own = max(_put(_resized(needle, height, width), side, pattern), _FLOOR * n)
-        top, y, x = -1.0, 0, 0
+        own = max(_put(_resized(needle, height, width), side, patterns[0], patterns[1]), _FLOOR * n)
+        top, y, x = np.array([-1.0, -1.0]), np.zeros(2, np.int64), np.zeros(2, np.int64)
         for i in range(side - height + 1):
             for j in range(side - width + 1):
-                product, window = np.float32(0), shifted[j, i * side :]
-                for p in range(height * side):
-                    product += pattern[p] * window[p]
-                correlation[j] = product
-            _divide(correlation, own, n, height, width, levels[i], levels[i + height], squares[i], squares[i + height])
-            for j in range(side - width + 1):
-                if correlation[j] > top:
-                    top, y, x = correlation[j], i, j
-        weight = _evidence(top, n)
-        if weight > best:
-            best = weight
-            affine[0], affine[1] = (y + height / 2) / side, height / side
-            affine[3], affine[5] = (x + width / 2) / side, width / side
-    return best
+                window = shifted[j, i * side : (i + height) * side]
+                products[0, j], products[1, j] = _dots(patterns[0], patterns[1], window)
+            above, below = levels[i], levels[i + height]
+            for m in range(2):
+                _divide(products[m], own, n, width, above, below, squares[i], squares[i + height])
+                for j in range(side - width + 1):
+                    if products[m, j] > top[m]:
+                        top[m], y[m], x[m] = products[m, j], i, j
+        for m, found in enumerate((affine, mirrored)):
+            weight = _evidence(top[m], n)
+            if weight > best[m]:
+                best[m] = weight
+                found[0], found[1] = (y[m] + height / 2) / side, height / side
+                found[3], found[5] = (x[m] + width / 2) / side, width / side
+    return best[0], best[1]
+
+
+@_compiled
+def _dots(one, other, window):  # type: ignore[no-untyped-def]
+    first, second = np.float32(0), np.float32(0)
+    for p in range(len(window)):
+        first, second = first + one[p] * window[p], second + other[p] * window[p]
+    return first, second
 
 
 @_compiled
@@ -268,24 +273,24 @@ def _shifted(hay):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _put(picture, side, pattern):  # type: ignore[no-untyped-def]
-    """Put a picture less its mean, in lines of this length, into the pattern; return what its squares sum up to."""
-    mean, squares = np.float32(0), np.float32(0)
+def _put(picture, side, pattern, mirrored):  # type: ignore[no-untyped-def]
+    """Put a picture less its mean, and its mirror image, in lines of this length; return what its squares sum up to."""
     height, width = picture.shape
+    mean, squares = np.float32(0), np.float32(0)
     for value in picture.flat:
         mean += value
     mean /= picture.size
-    pattern[:] = 0
+    pattern[:], mirrored[:] = 0, 0
     for i in range(height):
         for j in range(width):
             value = picture[i, j] - mean
-            pattern[i * side + j] = value
+            pattern[i * side + j] = mirrored[i * side + width - 1 - j] = value
             squares += value * value
     return squares
 
 
 @_compiled
-def _divide(products, own, n, height, width, above, below, squares, squares_below):  # type: ignore[no-untyped-def]
+def _divide(products, own, n, width, above, below, squares, squares_below):  # type: ignore[no-untyped-def]
     """Divide each window's product by the deviations, given the sums above and below a line of windows."""
     above_, below_, squares_, squares_below_ = above[width:], below[width:], squares[width:], squares_below[width:]
     for j in range(len(above_)):
