@@ -5,12 +5,13 @@
 Near copies of one photo, no two with the same bytes: cropped by up to 6% of each side, resized, made darker or lighter,
 and encoded at qualities from 25 to 95, so that they differ in hash and embedding.  Among them stand other photos, each
 once.  A first run signs everything; its results but the signatures are removed, and the run that follows is measured.
-So `seconds` is what a run takes behind signing, filtered shards left out.  `pairs_judged` are those that were compared
-in detail.  `a_verified_pair` is processor time of one thread, for pairs of the other photos that the embedding finds;
-most are unlike, and so take the longest search.
+So `seconds` is what a run takes behind signing, filtered shards left out.  `pairs_judged` are those that were aligned,
+`pairs_scored` those that were compared in detail as well.  `a_verified_pair` is processor time, all threads together:
+of copies with one of them, and of pairs of the other photos that the embedding finds.  Those are unlike, and so take
+the longest search; a run compares few of them in detail.
 
-It does not show a group whose copies are edited so much that they are no copies of one keeper, nor hashes without an
-encoder.  --work keeps the signatures for the next call.
+It does not show a group whose copies are edited so much that they are no copies of one keeper, nor hashes of 256
+bits, of which nearly every copy has its own.  --work keeps the signatures for the next call.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -76,12 +78,12 @@ def main() -> None:
     write_result(result, given.json)
 
 
-def copies(data: Path, count: int) -> Iterator[bytes]:
+def copies(data: Path, wanted: int) -> Iterator[bytes]:
     """Yield so many near copies of the first photo, no two of the same bytes."""
     photo = next(photos(data / "photos"))
     image = Image.open(io.BytesIO(photo)).convert("RGB")
     random, seen = np.random.default_rng(0), set()
-    while len(seen) < count:
+    while len(seen) < wanted:
         reach = 0.06 * random.random() ** 2  # most are hardly cropped, and near by hash as well
         left, top, right, bottom = random.uniform(0, reach, 4) * (2 * image.size)
         box = (round(left), round(top), round(image.width - right), round(image.height - bottom))
@@ -96,12 +98,12 @@ def copies(data: Path, count: int) -> Iterator[bytes]:
             yield content
 
 
-def others(data: Path, count: int) -> Iterator[bytes]:
+def others(data: Path, wanted: int) -> Iterator[bytes]:
     """Yield so many other photos, each once: the large ones but for the first, then small ones."""
     seen = {next(photos(data / "photos"))}
     for folder in ("photos", "unlabelled", "tiny"):
         for photo in photos(data / folder):
-            if len(seen) <= count and photo not in seen:
+            if len(seen) <= wanted and photo not in seen:
                 seen.add(photo)
                 yield photo
 
@@ -117,19 +119,15 @@ def photos(folder: Path) -> Iterator[bytes]:
 def write(folder: Path, images: Iterator[bytes]) -> None:
     """Write shards of a thousand samples."""
     folder.mkdir(parents=True)
-    tar: tarfile.TarFile | None = None
-    for i, data in enumerate(images):
-        if i % SHARD == 0:
-            if tar:
-                tar.close()
-            tar = tarfile.open(folder / f"{i // SHARD:05}.tar", "w")
-        assert tar
-        for suffix, content in (("jpg", data), ("txt", f"{folder.name} {i}".encode())):
-            member = tarfile.TarInfo(f"{i:06}.{suffix}")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    if tar:
-        tar.close()
+    for number in count():
+        if not (batch := list(islice(images, SHARD))):
+            return
+        with tarfile.open(folder / f"{number:05}.tar", "w") as tar:
+            for i, data in enumerate(batch):
+                for suffix, content in (("jpg", data), ("txt", f"{folder.name} {number} {i}".encode())):
+                    member = tarfile.TarInfo(f"{i:06}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
 
 
 def found(manifest: Manifest) -> dict[str, object]:
@@ -152,8 +150,11 @@ def found(manifest: Manifest) -> dict[str, object]:
     }
 
 
-def verified(out: Path, count: int) -> dict[str, object]:
-    """Return the processor time of verifying pairs of the other photos as a run does, and how many are copies."""
+def verified(out: Path, wanted: int) -> dict[str, object]:
+    """Return the processor time of a pair, and how many pairs were accepted, of copies and of the other photos.
+
+    Pairs of the others are compared as a run does, only where the evidence of alignment gives cause, and all.
+    """
     store, config = Store(out), Config()
     stored = store.read_run()
     assert stored
@@ -162,16 +163,24 @@ def verified(out: Path, count: int) -> dict[str, object]:
     pairs = find_candidates(samples, store, config).pairs
     first = next(at for shard, at in zip(shards, samples.first, strict=False) if shard.name.startswith("others/"))
     a, b = (pairs[name].to_numpy() for name in ("a", "b"))
-    chosen = np.flatnonzero((a >= first) & (b >= first))
-    chosen = np.random.default_rng(0).permutation(chosen)[: count + 100]
-    a, b = a[chosen], b[chosen]
-    (store.edges / "scores.parquet").unlink()
-    with Judge(samples, store, config, signatures_digest(shards, store), np.unique([a, b])) as judge:
-        judge.accepts(a[:100], b[:100], np.ones(100, np.bool_))  # compiled before it is measured
-        started = time.process_time()
-        accepted = judge.accepts(a[100:], b[100:], np.ones(len(a) - 100, np.bool_))
-        used = time.process_time() - started
-    return {"pairs": len(accepted), "accepted": int(accepted.sum()), "ms": round(1000 * used / len(accepted), 3)}
+    random = np.random.default_rng(0)
+    chosen = random.permutation(np.flatnonzero((a >= first) & (b >= first)))[: wanted + 100]
+    own = random.permutation(int(first))[: wanted + 101]
+    kinds = {
+        "copies": (np.full(len(own) - 1, own[0]), own[1:], True),
+        "others_as_a_run_does": (a[chosen], b[chosen], False),
+        "others_all_compared": (a[chosen], b[chosen], True),
+    }
+    result: dict[str, object] = {}
+    for name, (one, other, by_hash) in kinds.items():
+        (store.edges / "scores.parquet").unlink(missing_ok=True)
+        with Judge(samples, store, config, signatures_digest(shards, store), np.unique([one, other])) as judge:
+            judge.accepts(one[:100], other[:100], np.full(100, by_hash))  # compiled before it is measured
+            started = time.process_time()
+            accepted = judge.accepts(one[100:], other[100:], np.full(len(one) - 100, by_hash))
+            ms = 1000 * (time.process_time() - started) / len(accepted)
+        result[name] = {"pairs": len(accepted), "accepted": int(accepted.sum()), "ms": round(ms, 3)}
+    return result
 
 
 if __name__ == "__main__":

@@ -349,7 +349,7 @@ def _warp_planes(hay, affine, laid, inside):  # type: ignore[no-untyped-def]
         within = inside[i]
         for j in range(width):
             y, x = y_left + y_right * (j + 0.5), x_left + x_right * (j + 0.5)
-            within[j] = (-0.5 <= y) & (y <= rows - 0.5) & (-0.5 <= x) & (x <= columns - 0.5)
+            within[j] = (y >= -0.5) & (y <= rows - 0.5) & (x >= -0.5) & (x <= columns - 0.5)
             n += within[j]
             y, x = min(max(y, 0.0), rows - 1.0), min(max(x, 0.0), columns - 1.0)
             p, q = min(np.int32(y), np.int32(rows - 2)), min(np.int32(x), np.int32(columns - 2))
@@ -378,7 +378,7 @@ def _correlation(one, other, inside, top, bottom, left, right, floor):  # type: 
     for i in range(top, bottom):
         first, second, within = one[i, left:right], other[i, left:right], inside[i, left:right]
         for j in range(right - left):
-            w = np.float32(within[j])
+            w: Any = np.float32(within[j])
             p, q = w * first[j], w * second[j]
             n, a, b, aa, bb, ab = n + w, a + p, b + q, aa + p * p, bb + q * q, ab + p * q
     if n < 4 or 2 * n < (bottom - top) * (right - left):

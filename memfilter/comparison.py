@@ -139,7 +139,7 @@ def thumbnails(pictures: Planes) -> npt.NDArray[np.uint8]:
 
 
 @kernel
-def _split(colour, found):  # type: ignore[no-untyped-def]
+def _split(colour: npt.NDArray[np.uint8], found: Planes) -> None:
     for i in range(_SIDE):
         luma, blue, red = found[0, i], found[1, i], found[2, i]
         for j in range(_SIDE):
@@ -149,7 +149,7 @@ def _split(colour, found):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _shrink(pictures, small):  # type: ignore[no-untyped-def]
+def _shrink(pictures: Planes, small: npt.NDArray[np.uint8]) -> None:
     """Fill in means over squares of the luma, to the nearest level."""
     side = _SIDE // THUMBNAIL_SIDE
     for k in range(len(small)):
