@@ -548,7 +548,14 @@ _SIGNALS: dict[str, tuple[tuple[float, float, float, float, int], ...]] = {
 }
 """Boxes, in shares of the sides, and which of the colours after the ground's each has."""
 
-_PAINTS: tuple[Colour, ...] = ((220, 30, 40), (250, 250, 250), (20, 70, 170), (245, 205, 30), (15, 15, 15), (20, 130, 80))
+_PAINTS: tuple[Colour, ...] = (
+    (220, 30, 40),
+    (250, 250, 250),
+    (20, 70, 170),
+    (245, 205, 30),
+    (15, 15, 15),
+    (20, 130, 80),
+)
 
 
 def signal(random: Random, shared: Random, place: int) -> Drawn:

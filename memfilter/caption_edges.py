@@ -45,7 +45,7 @@ def semantic_edges(
     encoder knows nothing is in no pair.  A call that was killed goes on from the embeddings that it had written.
     """
     key = digest_of(["caption-edges-1", inputs, encoder.identity, similarity, METHOD])
-    path = store.edges / "caption.parquet"
+    path = store.place(store.edges / "caption.parquet", key)
     work = store.edges / f"caption-{key}"  # what a killed join left there is its own
     if not done(path, key):
         if not (work / "rows.npy").exists():

@@ -48,14 +48,15 @@ def caption_keepers(samples: Samples, captions: pa.Table, caption: Ints, store: 
     key = digest_of(
         ["caption-groups-1", METHOD, FORMS, inputs, sorted(tiers), near if NEAR in tiers else None, by_meaning]
     )
-    if not done(store.caption_groups, key):
+    path = store.place(store.caption_groups, key)
+    if not done(path, key):
         text, row_of = _texts(samples, caption, len(captions), EXACT in tiers)
         texts = captions["text"].take(pa.array(text))
         edges = semantic.edges(texts, store, digest_of([inputs, EXACT in tiers])) if semantic else NO_EDGES
         joined = _join(texts, edges, config, store.caption_groups.with_suffix("") / key)
-        write_table(store.caption_groups, _table(text, row_of, joined), key, _note(joined, config, semantic))
+        write_table(path, _table(text, row_of, joined), key, _note(joined, config, semantic))
     shutil.rmtree(store.caption_groups.with_suffix(""), ignore_errors=True)
-    return read_table(store.caption_groups)
+    return read_table(path)
 
 
 @dataclass(frozen=True)

@@ -31,22 +31,27 @@ def cli(verbose: bool) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run directory.")
 @_CONFIG
 @click.option("--model", help="A diffusers pipeline's folder or hub id that has seen the data.")
+@click.option("--update", is_flag=True, help="Change a finished run: other shards, configuration or model.")
 @_WORKERS
-def run(shards: tuple[str, ...], out: Path, config: Path | None, model: str | None, workers: int | None) -> None:
+def run(
+    shards: tuple[str, ...], out: Path, config: Path | None, model: str | None, update: bool, workers: int | None
+) -> None:
     """Read SHARDS (brace expansions, globs, folders, URLs) and write manifest and filtered shards to --out.
 
     The same command continues an interrupted run.
     """
     from . import pipeline, summary
     from .config import Config
+    from .manifest import read_info
 
     given = Config.load(config)
     if model:
         given = Config.parse(
             {**given.model_dump(mode="json"), "magnitude": {**given.magnitude.model_dump(), "model": model}}
         )
-    manifest = pipeline.run(list(shards), out, given, workers)
-    click.echo("\n".join(summary.lines(manifest.info, str(out))))
+    before = read_info(out)
+    manifest = pipeline.run(list(shards), out, given, workers, update)
+    click.echo("\n".join([*summary.changes(before, manifest.info), *summary.lines(manifest.info, str(out))]))
 
 
 @cli.command()
@@ -56,9 +61,11 @@ def run(shards: tuple[str, ...], out: Path, config: Path | None, model: str | No
 def rethreshold(directory: Path, config: Path | None, workers: int | None) -> None:
     """Decide again in a run's DIRECTORY with the keys in --config, without reading the pixels again."""
     from . import pipeline, summary
+    from .manifest import read_info
 
+    before = read_info(directory)
     manifest = pipeline.rethreshold(directory, config, workers)
-    click.echo("\n".join(summary.lines(manifest.info, str(directory))))
+    click.echo("\n".join([*summary.changes(before, manifest.info), *summary.lines(manifest.info, str(directory))]))
 
 
 @cli.command()
@@ -76,12 +83,16 @@ def generalise(
     The same command continues one that was interrupted, and asks again for what had no answer.
     """
     from . import pipeline, summary
+    from .manifest import read_info
 
     if rule and (model or endpoint):
         raise click.UsageError("--rule takes no --model and no --endpoint")
     given = {name: value for name, value in (("model", model), ("endpoint", endpoint)) if value}
     settings = {"model": None, "endpoint": None, **given} if rule or model else given
+    before = read_info(directory)
     manifest = pipeline.generalise(directory, config, workers, settings)
+    for line in summary.changes(before, manifest.info):
+        click.echo(line)
     click.echo(summary.generalised_line(manifest.info["generalised"]))
     if manifest.info["generality"]:
         click.echo(summary.generality_line(manifest.info["generality"]))

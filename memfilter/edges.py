@@ -128,7 +128,7 @@ def _gain(encoder: Encoder) -> float:
 def _hash_edges(samples: Samples, store: Store, config: Config) -> pa.Table:
     radius = max(config.images.hash_radius, _PDQ_RADIUS if config.images.hash == "pdq" else _RADIUS)
     key = digest_of(["hash-edges-2", signatures_digest(samples.shards, store), radius])
-    path = store.edges / "hash.parquet"
+    path = store.place(store.edges / "hash.parquet", key)
     if not done(path, key):
         rows = np.flatnonzero(hashed(samples))
         values, place = np.unique(hashes_of(samples)[rows], return_index=True)
@@ -143,9 +143,11 @@ def _embedding_edges(samples: Samples, store: Store, encoder: Encoder, wanted: f
     lowest = max(min(wanted, own - _MARGIN) - gain, _LOWEST) if gain else min(wanted, own - _MARGIN)
     inputs = signatures_digest(samples.shards, store)
     key = digest_of(["embedding-edges-4", inputs, lowest, gain, METHOD])
-    path, hubs_path = store.edges / "embedding.parquet", store.edges / "hubs.parquet"
+    new = store.edges / "embedding.parquet", store.edges / "hubs.parquet"
+    path, hubs_path = (store.place(one, key) for one in new)
     work = store.edges / f"embedding-{key}"  # what a killed join left there is its own
     if not (done(path, key) and done(hubs_path, key)):
+        path, hubs_path = new
         compared = np.flatnonzero(samples.compared)
         _, place = np.unique(voids(samples.table["digest"])[compared], return_index=True)
         rows = compared[np.sort(place)]

@@ -3,7 +3,7 @@
     MemfilterError          one line that names the file, the number and the next step
     ├── ConfigError         the configuration or the command's arguments cannot be obeyed
     ├── InputError          no input, or inputs that contradict one another
-    │   └── ShardError      one shard cannot be read to its end
+    │   └── ShardError      one shard cannot be read to its end, or as it was read before
     ├── ModelError          a model's weights cannot be had or loaded, or give no usable numbers
     ├── RunError            the run directory is in use, damaged or written by another version
     └── WorkerError         an item brought its worker down twice
@@ -33,6 +33,17 @@ class InputError(MemfilterError):
 
 class ShardError(InputError):
     """One shard cannot be read to its end; the message starts with its name."""
+
+
+class ChangedShard(ShardError):
+    """A shard's bytes are not those that were read first; it is read again by the next `memfilter run`."""
+
+    def __init__(self, shard: str, advice: str) -> None:
+        super().__init__(f"{shard}: has changed since it was read; {advice}")
+        self.shard, self.advice = shard, advice
+
+    def __reduce__(self) -> tuple[type[ChangedShard], tuple[str, str]]:
+        return ChangedShard, (self.shard, self.advice)
 
 
 class ModelError(MemfilterError):

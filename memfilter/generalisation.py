@@ -60,9 +60,10 @@ def rewrite(texts: pa.Array, rewriter: Rewriter, store: Store, note: dict[str, A
     captions: list[str] = texts.to_pylist()
     note = {**note, "by": rewriter.name}
     digest = digest_of(["generalised-1", rewriter.identity, note, captions])
-    if done(store.generalised, digest) and not read_table(store.generalised, ["general"])["general"].null_count:
+    path = store.place(store.generalised, digest)
+    if done(path, digest) and not read_table(path, ["general"])["general"].null_count:
         return
-    file = store.generalised.parent / f"{rewriter.identity}.jsonl"
+    file = store.answers / f"{rewriter.identity}.jsonl"
     answers, causes = _read_answers(file), {}
     missing = [caption for caption in captions if caption not in answers]
     log.info("rewriting %d of %d captions by %s", len(missing), len(captions), rewriter.name)
@@ -108,19 +109,19 @@ def _write_answers(file: Path, answers: dict[str, str]) -> None:
 
 def read_generalised(store: Store) -> pa.Table | None:
     """Return the table of rewritten captions, None where there is none or it is of other captions than the run's."""
-    if not store.generalised.exists():
+    path = store.at(store.generalised)
+    if not path.exists():
         return None
     try:
-        note = read_note(store.generalised)
+        note = read_note(path)
     except RunError as e:
-        raise RunError(f"{store.generalised}: damaged; delete it and run 'memfilter generalise' again") from e
-    if note.get("captions") != read_digest(store.captions):
+        raise RunError(f"{path}: damaged; delete it and run 'memfilter generalise' again") from e
+    if note.get("captions") != read_digest(store.at(store.captions)):
         log.warning(
-            "%s: is of captions that the run no longer has, and not used; run 'memfilter generalise' again",
-            store.generalised,
+            "%s: is of captions that the run no longer has, and not used; run 'memfilter generalise' again", path
         )
         return None
-    return read_table(store.generalised)
+    return read_table(path)
 
 
 def general_captions(
@@ -149,7 +150,7 @@ def outcome(
     """
     if generalised is None or general is None:
         return None
-    note = read_note(store.generalised)
+    note = read_note(store.at(store.generalised))
     rewritten = len(generalised) - generalised["general"].null_count
     pooled = samples.good & (decisions.action <= MASK) & decisions.pooled.is_valid().to_numpy(zero_copy_only=False)
     has_general = general.is_valid().to_numpy(zero_copy_only=False)

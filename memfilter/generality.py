@@ -23,7 +23,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,17 +134,17 @@ def score_generality(
     if rater is None:
         return None
     base = digest_of(["generality-1", rater.about])
-    own = _table(texts, digest_of([base, captions_digest]), store.generality / "captions.parquet", rater, progress)
+    own = _table(texts, digest_of([base, captions_digest]), "captions", store, rater, progress)
     general = None
     if generalised is not None:
         digest = digest_of([base, "generalised", generalised.to_pylist()])
-        general = _table(generalised, digest, store.generality / "generalised.parquet", rater, progress)
+        general = _table(generalised, digest, "generalised", store, rater, progress)
     return GeneralityScores(own, general, {**rater.about, "captions": len(texts)})
 
 
-def _table(texts: pa.ChunkedArray, digest: str, path: Path, rater: Rater, progress: Progress) -> Floats:
-    """Return the (N, 5) scores in the table at `path`, computed now or before."""
-    chunks = path.parent / path.stem
+def _table(texts: pa.ChunkedArray, digest: str, name: str, store: Store, rater: Rater, progress: Progress) -> Floats:
+    """Return the (N, 5) scores in the table of this name, computed now or before."""
+    path, chunks = store.place(store.generality / f"{name}.parquet", digest), store.generality / name
     if not done(path, digest):
         parts = [GENERALITY.empty_table()]
         starts = range(0, len(texts), _CHUNK)

@@ -66,8 +66,8 @@ def distinct_captions(samples: Samples, store: Store) -> tuple[pa.Table, Ints]:
     texts = texts.take(pc.sort_indices(texts))
     key = digest_of(["captions-1", signatures_digest(samples.shards, store)])
     table = pa.table({"text": texts})
-    if not done(store.captions, key):
-        write_table(store.captions, table, key)
+    if not done(path := store.place(store.captions, key), key):
+        write_table(path, table, key)
     return table, caption_rows(table, own)
 
 

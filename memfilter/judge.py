@@ -46,7 +46,8 @@ class Judge:
         self._written = time.monotonic()
 
     def __enter__(self) -> Judge:
-        self._known = [read_table(p) for p in (self._path, self._unfinished) if done(p, self.key)]
+        paths = [*self.store.places(self._path), self._unfinished]
+        self._known = [read_table(path) for path in paths if done(path, self.key)]
         self._look_up()
         self._place = np.full(len(self.samples), -1, np.int64)
         self._place[self.rows] = np.arange(len(self.rows))
@@ -101,7 +102,8 @@ class Judge:
     def finish(self) -> None:
         """Write what was asked, and nothing else: a fresh run with this configuration writes the same."""
         table = _sorted(self._asked)
-        if not done(self._path, self.key) or not read_table(self._path).equals(table):
+        path = self.store.place(self._path, self.key)
+        if not done(path, self.key) or not read_table(path).equals(table):
             write_table(self._path, table, self.key)
         self._unfinished.unlink(missing_ok=True)
         self._known, self._asked = [table], []

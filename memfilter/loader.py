@@ -103,6 +103,7 @@ class Attach(_Weights):
 
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Yield every sample with its weight; a sample that comes again, from a list, comes without what it got."""
+        self.manifest.check()  # a loader with one shard meets no other
         for sample in samples:
             # webdataset marks the end of a shard by an empty sample
             yield {**sample, **self._found(sample)} if "__key__" in sample else sample

@@ -35,10 +35,11 @@ from .records import (
     Ints,
     Samples,
     Scores,
+    Shard,
 )
 from .shards import SCHEME
 from .source import printable_key, sample_uid
-from .store import Store, done, file_digest, read_table, write_sealed, write_table
+from .store import Store, done, file_digest, read_sealed, read_table, write_sealed, write_table
 
 if TYPE_CHECKING:
     from .loader import Attach, Collate, Weigh
@@ -58,24 +59,23 @@ def write_parts(
     generality: GeneralityScores | None,
     own_uids: bool,
 ) -> None:
-    """Write the parts and the look-up file; what would not change is left as it is.
-
-    `manifest.json` is taken away: there is no finished manifest until `finish` has written it again.
-    """
-    (store.manifest / "manifest.json").unlink(missing_ok=True)
+    """Write the parts and the look-up file; parts that would not change are left as they are."""
     uid = pc.fill_null(samples.table["uid"], bytes(16)).combine_chunks()
     for shard, start, end in zip(samples.shards, samples.first, samples.first[1:], strict=False):
         names = read_table(store.signatures(shard.name), ["uid", "index", "key", "bad", "detail"])
         table = _rows(np.arange(start, end), shard.name, names, uid, groups, decisions, scores, generality)
-        path = store.manifest_part(shard.name)
         digest = _content_digest(table)
+        path = store.place(store.manifest_part(shard.name), digest)
         if not done(path, digest):
             write_table(path, table, digest)
     _write_lookup(store, samples, uid, decisions, own_uids)
-    expected = {store.manifest_part(s.name) for s in samples.shards}
-    for part in (store.manifest / "parts").rglob("*.parquet"):
-        if part not in expected:  # of a shard that is no longer among the inputs
-            part.unlink()
+
+
+def decided(store: Store, shards: Sequence[Shard], columns: list[str]) -> pa.Table:
+    """Return columns of the rows that `write_parts` left, sorted by (shard, index)."""
+    schema = pa.schema([MANIFEST.field(c) for c in columns])
+    parts = [read_table(store.at(store.manifest_part(s.name)), columns) for s in shards]
+    return pa.concat_tables([schema.empty_table(), *parts])
 
 
 def finish(store: Store, samples: Samples, decisions: Decisions, about: dict[str, Any]) -> Manifest:
@@ -127,7 +127,7 @@ def _files(store: Store, samples: Samples, about: dict[str, Any]) -> dict[str, s
             *([store.scores / "generalised.parquet"] if about["magnitude"] is not None and not in_pairs else []),
             *([store.generality / "generalised.parquet"] if about["generality"] is not None else []),
         ]
-    return {p.relative_to(store.path).as_posix(): file_digest(p) for p in paths}
+    return {store.name(p): file_digest(p) for p in map(store.at, paths)}
 
 
 def _rows(
@@ -239,12 +239,22 @@ def _write_lookup(store: Store, samples: Samples, uid: pa.Array, decisions: Deci
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
+def read_info(path: str | Path) -> dict[str, Any] | None:
+    """Return what a run's `manifest.json` tells, None where there is none that is as it was written.
+
+    While a decision is taking the run's place it is the one before it.
+    """
+    return read_sealed(Store(path).manifest / "manifest.json")
+
+
 class Manifest:
     """An opened manifest.  Cheap to open and to send to other processes: tables are read when they are asked for."""
 
     def __init__(self, path: Path, info: dict[str, Any], root: str | None, online: Ints | None = None) -> None:
         self.path, self.info, self.root = path, info, root
         self._online = online  # places in the look-up file that training masked, sorted
+        self._checked: str | None = None  # the shard that was looked up last
+        self._seen: tuple[int, ...] = ()  # what the file system tells of manifest.json
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
@@ -264,12 +274,33 @@ class Manifest:
             raise RunError(f"{file}: not of schema version {SCHEMA_VERSION}; run again with this version of memfilter")
         if missing := {"config", "counts", "digest", "files", "shards"} - info.keys():
             raise RunError(f"{file}: damaged, it has no {min(missing)}; run the same command again")
+        if (journal := store.read_journal()) is not None:
+            raise RunError(f"{path}: {_under_way(journal.command, path)}")
         # a manifest that was copied away without its run is found by the shards' names alone
         run = (store.read_run() or {}) if store.run_file.exists() else {}
         return cls(Path(os.path.abspath(path)), info, run.get("root"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Manifest, (self.path, self.info, self.root, self._online)
+
+    def check(self) -> None:
+        """Raise RunError where the run was decided again since this manifest was opened, or is being decided again.
+
+        Look-ups ask once a shard.
+        """
+        store = Store(self.path)
+        file = store.manifest / "manifest.json"
+        if store.journal.exists():
+            raise RunError(f"{self.path}: {_under_way('run', self.path)}")
+        try:
+            stat = os.stat(file)
+            seen = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+            is_same = seen == self._seen or self.info["digest"].encode() in file.read_bytes()
+        except OSError as e:
+            raise RunError(f"{file}: cannot be read any more: {e.strerror}; open the manifest where it is now") from e
+        if not is_same:
+            raise RunError(f"{self.path}: was decided again since its manifest was opened; open it again")
+        self._seen = seen
 
     @property
     def counts(self) -> dict[str, int]:
@@ -290,7 +321,9 @@ class Manifest:
     def parts(self, columns: list[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
         """Yield each shard's name and rows, sorted by index."""
         for name in self.shards:
-            yield name, read_table(Store(self.path).manifest_part(name), columns)
+            part = read_table(Store(self.path).manifest_part(name), columns)
+            self.check()
+            yield name, part
 
     def weight(self, shard: str, key: str | bytes) -> float:
         """Return the loss weight of the sample with this key in the shard of this name; raises KeyError."""
@@ -444,15 +477,29 @@ class Manifest:
 
     @cached_property
     def lookup(self) -> Lookup:
-        """The look-up file, opened; raises RunError where it is missing or damaged."""
-        return Lookup(self.path / "manifest" / "lookup.arrow", self._online)
+        """The look-up file, opened; raises RunError where it is missing or damaged, or of a later decision."""
+        lookup = Lookup(self.path / "manifest" / "lookup.arrow", self._online)
+        self.check()  # once it is open: what is opened earlier than a decision stays as it was
+        return lookup
 
     def place(self, shard: str, key: str | bytes) -> int:
-        """Return the place in the look-up file of the sample with this key in the shard of this name, -1 for none."""
+        """Return the place in the look-up file of the sample with this key in the shard of this name, -1 for none.
+
+        Raises RunError where the run was decided again.
+        """
+        if shard != self._checked:
+            self.check()
+            self._checked = shard
         return self.lookup.place(self._uid(shard, key))
 
     def places(self, shards: Sequence[str], keys: Sequence[str | bytes]) -> Ints:
-        """Return the places (N,) in the look-up file of samples by the names of their shards and their keys."""
+        """Return the places (N,) in the look-up file of samples by the names of their shards and their keys.
+
+        Raises RunError where the run was decided again.
+        """
+        if len(shards) and (shards[0] != self._checked or shards[-1] != self._checked):
+            self.check()
+            self._checked = shards[-1]
         return self.lookup.places(b"".join(self._uid(s, k) for s, k in zip(shards, keys, strict=True)))
 
     def _find(self, shard: str, key: str | bytes) -> int:
@@ -481,12 +528,19 @@ class Manifest:
         if shard not in self._parts:
             self._parts.clear()  # loaders go shard by shard
             name = self.info["shards"][shard]["name"]
-            self._parts[shard] = read_table(Store(self.path).manifest_part(name))
+            part = read_table(Store(self.path).manifest_part(name))
+            self.check()
+            self._parts[shard] = part
         return self._parts[shard]
 
     @cached_property
     def _parts(self) -> dict[int, pa.Table]:
         return {}
+
+
+def _under_way(command: str, path: str | Path) -> str:
+    how = f"'memfilter {command} {path}'" if command != "run" else "the same command"
+    return f"is being decided again, or a call that did so was killed; wait for it, or finish it with {how}"
 
 
 _QUERY = re.compile(r"\?[^\s'\"|]*")  # in a command

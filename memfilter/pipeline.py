@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 from collections.abc import Iterator
-from dataclasses import astuple
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,40 +16,50 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from . import executors, manifest, sink
+from . import executors, manifest
 from .caption_groups import caption_keepers, check_captions
-from .config import Config, Input, digest_of
+from .commit import Planner, commit, names_of
+from .config import Config, digest_of
 from .decisions import decide
 from .denoisers import ModelFiles, find_model
 from .edges import find_candidates, similarity
-from .encoders import described, image_encoder, public_name
+from .encoders import Encoder, described, image_encoder, public_name
 from .encoders.captions import public_caption_name
-from .errors import ConfigError, RunError
+from .errors import ChangedShard, ConfigError, RunError
 from .generalisation import FLAGS, flagged, general_captions, outcome, read_generalised, rewrite
 from .generality import Rater, find_rater, generality_outcome, score_generality
 from .groups import distinct_captions, group, load_samples
 from .manifest import Manifest
+from .recorded import check_signed, differences, parse_stored, recorded_by, stored_shards, unchanged
 from .records import ACTIONS, MANIFEST, MASK, Decisions, Samples, Scores, Shard
 from .rewriters import Answer, find_rewriter
 from .scores import check_devices, score_captions, score_pairs
 from .shards import find_shards
-from .signatures import DuplicateGauge, Signed, check_hash, is_signed, sign, versions, was_skipped
-from .store import Store, read_digest, read_note
+from .signatures import EARLIER, DuplicateGauge, Signed, check_hash, is_signed, made_by, sign, was_skipped
+from .sink import kept_digest
+from .store import Store, read_digest, read_note, read_sealed, write_sealed
 from .summary import statistics
 from .tagging import public_tagger
 from .thresholds import check_threshold, find_threshold
 
+log = logging.getLogger(__name__)
+
+_NO_LIBRARIES = ("encoder", "forms", "instructions", "signatures")
 _MODEL_PARTS = ("denoiser", "lora", "lora_scale", "single_file_config")  # what may stand in for a model's own
 
 
-def run(patterns: list[str], out: str | Path, config: Config | None = None, workers: int | None = None) -> Manifest:
+def run(
+    patterns: list[str], out: str | Path, config: Config | None = None, workers: int | None = None, update: bool = False
+) -> Manifest:
     """Read the shards and leave a manifest, and filtered shards if wanted, in `out`; return the manifest.
 
     `patterns` are brace expansions, globs, folders or fsspec URLs.  The same call continues a run that was
-    interrupted.  Raises a MemfilterError, in one line, for input, model or directory that cannot be used.
+    interrupted.  A finished run takes other shards, another configuration or another model only as an `update`; a shard
+    whose bytes have changed is read again in any case.  Raises a MemfilterError, in one line, for input, model or
+    directory that cannot be used.
     """
     config, store = config or Config(), Store(out)
-    stored = store.read_run() or {}
+    stored = store.settings() or {}
     # names below a root are settled by the first shard that was read
     root = config.input.root or (stored.get("root") if store.has_signatures() else None)
     shards, root = find_shards(patterns, root, config.input.allow_pipe)
@@ -58,30 +71,28 @@ def run(patterns: list[str], out: str | Path, config: Config | None = None, work
     check_captions(config)
     model = _model(config)
     rater = find_rater(config)
-    with store.locked():
-        _forget_changed(shards, stored, store)
-        store.write_run(
-            {
-                "root": root,
-                "shards": [astuple(s) for s in shards],
-                "config": config.model_dump(mode="json"),
-                "model": model and astuple(model),
-            }
-        )
-        _sign_all(shards, store, config, workers or executors.default_workers())
-        return _decide_and_write(shards, model, rater, store, config, workers or executors.default_workers())
+    if store.is_finished() and not update:
+        config = unchanged(store.path, stored, shards, model, config)
+    with store.locked(), _noting_changes(store):
+        recorded = recorded_by(store, shards) if store.is_finished() and not update else None
+        by, workers = recorded or made_by(config), workers or executors.default_workers()
+        job = _Job(store, shards, config, model, rater, by, workers, "run", {"root": root})
+        _sign_all(job)
+        return _commit(job, _decide(job))
 
 
 def rethreshold(path: str | Path, config_file: str | Path | None = None, workers: int | None = None) -> Manifest:
     """Decide again with another configuration, without the pixels; equal to a fresh run with it.
 
-    The file's keys are laid over the run's own configuration.  Raises ConfigError for a key that changes what was read
-    from the pixels, RunError when the run was not finished.
+    The file's keys are laid over the run's own configuration.  Nothing is touched before the decision is whole and all
+    that it needs is found to be there; a call that was killed after that is finished by the same call.  Raises
+    ConfigError for a key that changes what was read from the pixels, RunError when the run was not finished, ShardError
+    for inputs that are needed and gone.
     """
-    finished = _Finished(path, config_file)
-    with finished.store.locked():
-        finished.check()
-        return finished.decide(workers)
+    store = _run_at(path)
+    with store.locked(), _noting_changes(store):
+        job = _again(store, config_file, workers, "rethreshold")
+        return _commit(job, _decide(job))
 
 
 def generalise(
@@ -95,115 +106,171 @@ def generalise(
     The file's keys, and `settings` of `generalise`, are laid over the run's own configuration.  The same call continues
     one that was interrupted, and asks again for what had no answer.  Raises what `rethreshold` does, and ModelError.
     """
-    finished = _Finished(path, config_file, settings or {})
-    store, config = finished.store, finished.config
-    with store.locked():
-        finished.check()
-        samples = load_samples(finished.shards, store, config.images.json_fields)
-        captions, caption = distinct_captions(samples, store)
+    store = _run_at(path)
+    with store.locked(), _noting_changes(store):
+        job = _again(store, config_file, workers, "generalise", settings or {})
+        work, config = job.work, job.config
+        samples = load_samples(job.shards, work, config.images.json_fields)
+        captions, caption = distinct_captions(samples, work)
         has_caption = samples.table["fingerprint"].is_valid().to_numpy()
         del samples  # large, and read again to decide
-        rewriter = find_rewriter(config.generalise, captions["text"], read_digest(store.captions))
-        found = finished.decide(workers)
-        rows = found.table(["action", *(name for name in FLAGS if name in MANIFEST.names)])
-        wanted = (
-            flagged(rows, found.info["threshold"], config.generalise, found.info["generality"] is not None)
-            & has_caption
-        )
+        digest = read_digest(work.at(work.captions))
+        rewriter = find_rewriter(config.generalise, captions["text"], digest)
+        info = _decide(job).info
+        rows = manifest.decided(work, job.shards, ["action", *(name for name in FLAGS if name in MANIFEST.names)])
+        wanted = flagged(rows, info["threshold"], config.generalise, info["generality"] is not None) & has_caption
         flags = config.generalise.model_dump(include={*FLAGS})
-        note = {"captions": read_digest(store.captions), "flags": flags, "samples": int(wanted.sum())}
+        note = {"captions": digest, "flags": flags, "samples": int(wanted.sum())}
         texts = captions["text"].take(pa.array(np.unique(caption[wanted])))
-        rewrite(texts, rewriter, store, note, _rewriting_bar)
-        return finished.decide(workers)
+        rewrite(texts, rewriter, work, note, _rewriting_bar)
+        return _commit(job, _decide(job))
 
 
-class _Finished:
-    """A finished run that is decided again, with the keys of a file, and some of `generalise`, over its own."""
-
-    def __init__(
-        self, path: str | Path, config_file: str | Path | None, generalise: dict[str, Any] | None = None
-    ) -> None:
-        self.store, self.config_file = Store(path), config_file
-        stored = self.store.read_run()
-        if stored is None:
-            raise RunError(f"{path}: holds no run; start one with 'memfilter run SHARDS... --out {path}'")
-        try:
-            before = Config.parse(stored["config"])
-            self.shards = [Shard(*values) for values in stored["shards"]]
-            self.model = ModelFiles(*stored["model"]) if stored["model"] else None
-        except (KeyError, TypeError) as e:
-            raise RunError(f"{self.store.run_file}: damaged ({e}); run 'memfilter run' again") from e
-        self.stored, self.config = stored, Config.load(config_file, base=before)
-        if generalise:
-            values = self.config.model_dump(mode="json")
-            self.config = Config.parse({**values, "generalise": {**values["generalise"], **generalise}})
-        check_threshold(self.config)
-        check_devices(self.config)
-        check_hash(self.config)
-        check_captions(self.config)
-        if _model_settings(self.config) != _model_settings(before):
-            self.model = _model(self.config)
-        self.rater = find_rater(self.config)
-
-    def check(self) -> None:
-        """Raise RunError where a shard was not read, ConfigError where it was read under another configuration."""
-        for shard in self.shards:
-            path = self.store.signatures(shard.name)
-            if not path.exists():
-                raise RunError(
-                    f"{self.store.path}: the run is not finished, {shard.name} was not read; finish it first"
-                )
-            if not is_signed(shard, path, self.config):
-                raise ConfigError(
-                    f"{self.config_file or self.store.path}: {shard.name} has no signatures under this configuration; "
-                    "keys of 'input', images.hash, decode, ground and encoder, and other fields of the json in "
-                    "images.keep, need 'memfilter run'"
-                )
-
-    def decide(self, workers: int | None) -> Manifest:
-        """Decide and write, and store the configuration as the run's own; the directory is locked."""
-        workers = workers or executors.default_workers()
-        done = _decide_and_write(self.shards, self.model, self.rater, self.store, self.config, workers)
-        settings = {"config": self.config.model_dump(mode="json"), "model": self.model and astuple(self.model)}
-        self.store.write_run({**self.stored, **settings})
-        return done
+# -- a decision, beside what stands -----------------------------------------------------------------------------------
 
 
-def _decide_and_write(
-    shards: list[Shard], model: ModelFiles | None, rater: Rater | None, store: Store, config: Config, workers: int
-) -> Manifest:
-    samples = load_samples(shards, store, config.images.json_fields)
+@dataclass
+class _Job:
+    """A decision about a run that is under way; its signatures were made `by` this."""
+
+    store: Store
+    shards: list[Shard]
+    config: Config
+    model: ModelFiles | None
+    rater: Rater | None
+    by: dict[str, str]
+    workers: int
+    command: str
+    settings: dict[str, Any]  # of run.json, beside those that stand here
+
+    def __post_init__(self) -> None:
+        self.work = self.store.beside()
+        lists = []
+        for stored in (self.store.read_run(), read_sealed(self.work.run_file)):
+            lists += [stored["shards"], stored.get("earlier", [])] if stored else []
+        self.earlier = {shard.name: shard for shards in lists for shard in stored_shards(self.store.path, shards)}
+
+    def begin(self) -> None:
+        """Store what the decision is made of; what a killed one left is cleared, unless a journal tells of it."""
+        if not self.store.journal.exists():
+            for folder in ("manifest", "generalised"):
+                shutil.rmtree(self.work.path / folder, ignore_errors=True)
+        names = {shard.name for shard in self.shards}
+        settings = {
+            **self.settings,
+            "shards": [astuple(s) for s in self.shards],
+            "config": self.config.model_dump(mode="json"),
+            "model": self.model and astuple(self.model),
+        }
+        if not self.store.is_finished():  # before anything else: a directory without it is none of ours
+            self.store.write_run(settings)
+        self.work.write_run({**settings, "earlier": [astuple(s) for n, s in self.earlier.items() if n not in names]})
+
+
+@dataclass(frozen=True)
+class _Decided:
+    samples: Samples
+    decisions: Decisions
+    info: dict[str, Any]  # what manifest.json will hold
+
+
+def _decide(job: _Job) -> _Decided:
+    """Make the decision, all stages in order, and leave what differs from the run's own files beside them."""
+    store, config, model = job.work, job.config, job.model
+    samples = load_samples(job.shards, store, config.images.json_fields)
     candidates = find_candidates(samples, store, config)
     captions, caption = distinct_captions(samples, store)
     keepers = caption_keepers(samples, captions, caption, store, config)
     groups = group(samples, candidates, caption, keepers, store, config)
     rewritten = read_generalised(store)
     further = rewritten["general"].drop_null() if rewritten is not None else None
-    digest = read_digest(store.captions)
+    digest = read_digest(store.at(store.captions))
     scores = None
     if model and config.magnitude.mode == "pair":
         scores = score_pairs(samples, caption, len(captions), model, store, config, _scoring_bar)
     elif model:
         scores = score_captions(captions["text"], caption, digest, model, store, config, _scoring_bar, further)
-    generality = score_generality(captions["text"], digest, rater, store, _generality_bar, further)
+    generality = score_generality(captions["text"], digest, job.rater, store, _generality_bar, further)
     threshold = find_threshold(config, scores, samples.good)
     limit = threshold.magnitude if threshold else None
     general = general_captions(rewritten, captions, scores, limit)
     decisions = decide(samples, groups, captions, scores, limit, config.policy, general)
-    about = _about(samples, decisions, scores, limit, store, config)
+    about = _about(samples, decisions, scores, limit, job)
     about["generalised"] = outcome(rewritten, general, samples, caption, decisions, store)
     about["generality"] = generality_outcome(generality, caption[samples.good], captions, rewritten)
     about["found"] = statistics(samples, groups, decisions, scores, store)
     manifest.write_parts(store, samples, groups, decisions, scores, generality, config.input.uid_field is not None)
-    if config.output.shards:
-        _write_shards(samples, decisions, store, workers, config.input)
-    else:
-        sink.write_sizes(store.shards, {})  # those of an earlier decision go
     if threshold:
         threshold.save(store.threshold)
     else:
         store.threshold.unlink(missing_ok=True)
-    return manifest.finish(store, samples, decisions, about)
+    return _Decided(samples, decisions, manifest.finish(store, samples, decisions, about).info)
+
+
+def _commit(job: _Job, decided: _Decided) -> Manifest:
+    """Put the decision in the place of the run's own; raises before anything is touched where that cannot be done."""
+    planner = Planner(job.work, job.earlier, job.config, fresh=job.command == "run")
+    plan = planner.make(decided.samples, decided.decisions, job.workers)
+    max_memory = job.config.input.max_memory
+    commit(job.work, plan, decided.info, job.earlier, job.command, job.workers, max_memory)
+    return Manifest.load(job.store.path)
+
+
+# -- what a run was, and is to be -------------------------------------------------------------------------------------
+
+
+def _run_at(path: str | Path) -> Store:
+    store = Store(path)
+    if store.read_run() is None:
+        raise RunError(f"{path}: holds no run; start one with 'memfilter run SHARDS... --out {path}'")
+    return store
+
+
+def _again(
+    store: Store,
+    config_file: str | Path | None,
+    workers: int | None,
+    command: str,
+    generalise: dict[str, Any] | None = None,
+) -> _Job:
+    """Return a decision about what a run has read, with the keys of a file, and some of `generalise`, over its own.
+
+    Raises RunError where a shard was not read, ConfigError where it was read under another configuration.
+    """
+    stored = store.settings() or {}
+    before, shards, model = parse_stored(store.path, stored)
+    config = Config.load(config_file, base=before)
+    if generalise:
+        values = config.model_dump(mode="json")
+        config = Config.parse({**values, "generalise": {**values["generalise"], **generalise}})
+    check_threshold(config)
+    check_devices(config)
+    check_hash(config)
+    check_captions(config)
+    if _model_settings(config) != _model_settings(before):
+        model = _model(config)
+    rater = find_rater(config)
+    if not store.journal.exists():
+        shutil.rmtree(store.beside().path / "signatures", ignore_errors=True)  # of a killed `run`: these are the run's
+    by = recorded_by(store, shards)
+    check_signed(store, shards, before, config, by, str(config_file or store.path))
+    workers = workers or executors.default_workers()
+    job = _Job(store, shards, config, model, rater, by or {}, workers, command, stored)
+    job.begin()
+    return job
+
+
+@contextmanager
+def _noting_changes(store: Store) -> Iterator[None]:
+    """Store of a shard whose bytes turn out to be others that it has changed: the next `run` reads it again."""
+    try:
+        yield
+    except ChangedShard as e:
+        for file in (store.run_file, store.beside().run_file):
+            if stored := read_sealed(file):
+                lists = [[*values[:3], "changed"] if values[0] == e.shard else values for values in stored["shards"]]
+                write_sealed(file, {**stored, "shards": lists})
+        raise
 
 
 def _model(config: Config) -> ModelFiles | None:
@@ -222,28 +289,20 @@ def _model_settings(config: Config) -> dict[str, Any]:
     return {**settings.model_dump(include={"model", *_MODEL_PARTS}), "images": settings.mode == "pair"}
 
 
-# -- the two stages that go shard by shard ----------------------------------------------------------------------------
+# -- the stage that goes shard by shard --------------------------------------------------------------------------------
 
 
-def _forget_changed(shards: list[Shard], stored: dict[str, Any], store: Store) -> None:
-    """Remove the signatures of shards whose version is not the one that the last run was told.
-
-    It comes before the new versions are stored, so that a run that is killed in between notices again.
-    """
-    known = {shard.name: shard.version for shard in (Shard(*values) for values in stored.get("shards", []))}
-    for shard in shards:
-        if shard.name not in known or known[shard.name] != shard.version:
-            store.signatures(shard.name).unlink(missing_ok=True)
-
-
-def _sign_all(shards: list[Shard], store: Store, config: Config, workers: int) -> None:
-    # a shard that was skipped may have been out of reach for a while: it is tried again
-    todo = [s for s in shards if not is_signed(s, path := store.signatures(s.name), config) or was_skipped(path)]
-    tasks = [(s, store.signatures(s.name), config) for s in todo]
-    gauge, samples, bad = DuplicateGauge(), 0, 0
-    with tqdm(total=len(shards), initial=len(shards) - len(todo), desc="signatures", unit="shard", disable=None) as bar:
+def _sign_all(job: _Job) -> None:
+    """Leave the signatures of all shards: the run's own, and beside them those that differ from a finished run's."""
+    finished = job.store.is_finished()
+    own = job.work.own_signatures if finished else job.store.own_signatures
+    todo = _unsigned(job, finished)
+    job.begin()
+    tasks = [(s, own(s.name), job.config) for s in todo]
+    gauge, samples, bad, total = DuplicateGauge(), 0, 0, len(job.shards)
+    with tqdm(total=total, initial=total - len(todo), desc="signatures", unit="shard", disable=None) as bar:
         signed: Signed
-        for signed in executors.run(sign, tasks, workers, lambda i: todo[i].name, config.input.max_memory):
+        for signed in executors.run(sign, tasks, job.workers, lambda i: todo[i].name, job.config.input.max_memory):
             samples, bad = samples + signed.samples, bad + signed.bad
             gauge.add(signed.contents)
             rate = samples / max(bar.format_dict["elapsed"], 1e-6)
@@ -253,21 +312,48 @@ def _sign_all(shards: list[Shard], store: Store, config: Config, workers: int) -
             bar.update()
 
 
-def _write_shards(samples: Samples, decisions: Decisions, store: Store, workers: int, limits: Input) -> None:
-    tasks, counts = [], {}
-    for shard, start, end in zip(samples.shards, samples.first, samples.first[1:], strict=False):
-        kept = np.flatnonzero(decisions.action[start:end] <= MASK)
-        signature = store.signatures(shard.name)
-        if len(kept):
-            counts[shard.name] = len(kept)
-        kept_as = sink.kept_digest(shard, read_digest(signature), kept)
-        if not (len(kept) and sink.is_written(shard, store.shards, kept_as)):
-            tasks.append((shard, store.shards, signature, kept, kept_as, limits.timeout))
-    done = len(samples.shards) - len(tasks)
-    with tqdm(total=len(samples.shards), initial=done, desc="filtered shards", unit="shard", disable=None) as bar:
-        for _ in executors.run(sink.write_shard, tasks, workers, lambda i: str(tasks[i][0].name), limits.max_memory):
-            bar.update()
-    sink.write_sizes(store.shards, counts)
+def _unsigned(job: _Job, finished: bool) -> list[Shard]:
+    """Return the shards that have no signatures, or other ones than they would get, and remove what is of no use.
+
+    It comes before the versions of the shards are stored, so that a run that is killed in between notices again.
+    Raises RunError where some would be made by something else than a finished run's.
+    """
+    run_parts, parts = job.store.own_signatures, job.work.own_signatures
+    versions = [_versions(read_sealed(store.run_file)) for store in (job.store, job.work)]
+    todo, changed, again = [], [], []
+    for shard in job.shards:
+        places = [path(shard.name) for path in (run_parts, parts)]
+        usable = [
+            known.get(shard.name, Ellipsis) == shard.version and is_signed(shard, place, job.config, job.by)
+            for known, place in zip(versions, places, strict=True)
+        ]
+        if not usable[1]:
+            places[1].unlink(missing_ok=True)
+        if not finished and not usable[0]:
+            places[0].unlink(missing_ok=True)
+        if not any(usable):
+            todo.append(shard)
+            is_other = versions[0].get(shard.name, shard.version) != shard.version
+            changed += [shard.name] if finished and is_other else []
+        elif was_skipped(places[usable.index(True)]):  # it may have been out of reach for a while: it is tried again
+            again.append(shard)
+    here = made_by(job.config)
+    if finished and job.by != here:
+        told = differences(job.by, here)
+        if todo:
+            raise RunError(
+                f"{job.store.path}: {names_of(s.name for s in todo)}: to be read again, and its signatures would not "
+                f"be like the others ({told}); give --update to make all of them again"
+            )
+        log.warning("%s: its signatures stay as they were made, --update makes them again (%s)", job.store.path, told)
+        return []
+    if changed:
+        log.warning("%s: %s: changed since it was read, and read again", job.store.path, names_of(changed))
+    return todo + again
+
+
+def _versions(stored: dict[str, Any] | None) -> dict[str, str | None]:
+    return {shard.name: shard.version for shard in (Shard(*values) for values in (stored or {}).get("shards", []))}
 
 
 def _scoring_bar(sizes: Iterator[int], total: int, unit: str) -> Iterator[int]:
@@ -300,10 +386,13 @@ def _refuse_nesting(patterns: list[str], shards: list[Shard], out: Path) -> None
 
 
 def _about(
-    samples: Samples, decisions: Decisions, scores: Scores | None, limit: float | None, store: Store, config: Config
+    samples: Samples, decisions: Decisions, scores: Scores | None, limit: float | None, job: _Job
 ) -> dict[str, Any]:
+    store, config = job.work, job.config
     dump = config.model_dump(mode="json")
     dump["input"]["root"] = None  # where the data lies is no part of the result
+    for key in ("allow_pipe", "max_memory", "timeout"):  # nor is how it was read
+        del dump["input"][key]
     dump["images"]["encoder"] = public_name(config.images.encoder)
     dump["captions"]["encoder"] = public_caption_name(config.captions.encoder)
     dump["magnitude"]["model"] = scores and scores.info["model"]
@@ -326,18 +415,33 @@ def _about(
             entry["skipped"] = note["skipped"]
         elif sum(counts) and not sum(counts[: MASK + 1]):
             entry["emptied"] = True
+        elif sum(counts) and config.output.shards:  # by which the filtered shard is known to be this run's
+            kept = np.flatnonzero(decisions.action[start:end] <= MASK)
+            entry["filtered"] = kept_digest(shard, read_digest(store.signatures(shard.name)), kept)
         if "digest" in note:
             entry["digest"] = note["digest"]
         shards.append(entry)
     encoder = image_encoder(config.images.encoder)
+    libraries = {name: number for name, number in job.by.items() if name not in _NO_LIBRARIES}
+    if job.by == EARLIER:
+        libraries = (manifest.read_info(job.store.path) or {}).get("versions", {})
     return {
         "config": dump,
         "config_digests": {name: digest_of(keys) for name, keys in dump.items()},
-        "versions": {"memfilter": version("memfilter"), **versions(config.images.hash)},
-        "caption_join": read_note(store.caption_groups),
-        "embedding_join": read_note(store.edges / "embedding.parquet") if config.images.encoder else None,
-        "encoder": encoder and described(encoder, similarity(config)),
+        "versions": {**libraries, "memfilter": version("memfilter")},
+        "instruction_set": job.by.get("instructions"),
+        "caption_join": read_note(store.at(store.caption_groups)),
+        "embedding_join": read_note(store.at(store.edges / "embedding.parquet")) if encoder else None,
+        "encoder": encoder and _described(encoder, similarity(config), job),
         "magnitude": scores and scores.info,
         "threshold": limit,
         "shards": shards,
     }
+
+
+def _described(encoder: Encoder, similarity: float, job: _Job) -> dict[str, Any]:
+    """Return what the manifest tells of the encoder; where that is another by now, what it told before."""
+    told = described(encoder, similarity)
+    before = (manifest.read_info(job.store.path) or {}).get("encoder")
+    other = job.by.get("encoder") not in (None, encoder.identity)
+    return {**before, "similarity": similarity} if other and before else told

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from . import calibration, executors, images
 from .config import Config, FalsePositiveRate, Input, LabelledRate, Magnitude, Quantile, digest_of
 from .denoisers import Denoiser, ModelFiles, find_model, load_denoiser, token_digest
-from .errors import ConfigError, ModelError, ShardError, in_one_line
+from .errors import ChangedShard, ConfigError, ModelError, ShardError, in_one_line
 from .magnitude import Pixels, Scorer, Scoring, distinct, warm_scorer
 from .precision import rounding_errors
 from .records import PAIR_SCORES, ROUNDING, SCORES, SIGNALS, Floats, Ints, Samples, Scores, Shard
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 _PASSES = 2048  # of latents up to 64 x 64 in a chunk, some seconds of a GPU's work; fewer of larger ones
 _LATENT_SIZE = 64 * 64
 _LIBRARIES = ("diffusers", "torch", "transformers")
+_AGAIN = "run 'memfilter run' again"
 
 
 class Progress(Protocol):
@@ -107,7 +108,10 @@ class _Stage:
         model = self.model
         parts = model.denoiser, model.lora, model.lora_scale, model.single_file_config
         if find_model(model.spec, self.settings.mode == "pair", *parts).files != model.files:
-            raise ModelError(f"{model.spec}: has changed since the run read its files; run 'memfilter run' again")
+            raise ModelError(
+                f"{model.spec}: has changed since the run read its files; bring it back, or run 'memfilter run' again "
+                "with --update"
+            )
 
     def scorer(self) -> Scorer:
         """Return this process's own scorer, loaded when it is first asked for."""
@@ -126,7 +130,7 @@ class _Stage:
         lines = calibration.read_reference(Path(wanted.reference)) if isinstance(wanted, FalsePositiveRate) else None
         labelled = calibration.read_labelled(Path(wanted.labelled)) if isinstance(wanted, LabelledRate) else None
         own = self._table(texts, digest_of([self.base, digest]), "captions")
-        info = self._info(self.store.scores / "captions.parquet")
+        info = self._info(self.store.at(self.store.scores / "captions.parquet"))
         reference = further("reference", lines) if lines is not None else None
         if isinstance(wanted, LabelledRate) and labelled is not None:
             found = further("labelled", pa.chunked_array([labelled.captions]))
@@ -156,6 +160,7 @@ class _Stage:
             for shard in shards
         }
         paths = {shard.name: self.store.pair_scores(shard.name) for shard in shards}
+        paths = {name: self.store.place(path, digests[name]) for name, path in paths.items()}
         todo = [s for s in shards if not done(paths[s.name], digests[s.name])]
         sizes = dict(zip((s.name for s in shards), np.diff(samples.first).tolist(), strict=True))
         items = [
@@ -217,8 +222,8 @@ class _Stage:
 
     def _table(self, texts: pa.ChunkedArray, digest: str, name: str) -> pa.Table:
         """Return one row a caption, scored now or before."""
-        path = self.store.scores / f"{name}.parquet"
-        chunks = path.parent / path.stem
+        path = self.store.place(self.store.scores / f"{name}.parquet", digest)
+        chunks = self.store.scores / name
         if done(path, digest):
             shutil.rmtree(chunks, ignore_errors=True)
             return read_table(path)
@@ -271,7 +276,8 @@ class _Stage:
         """Return what rounding may do to a magnitude, measured now or before; None for float32, or where it cannot."""
         if dtype == "float32":
             return None
-        path, digest = self.store.scores / "noise_floor.parquet", digest_of([self.base, "noise floor"])
+        digest = digest_of([self.base, "noise floor"])
+        path = self.store.place(self.store.scores / "noise_floor.parquet", digest)
         if not done(path, digest):
             import torch
 
@@ -437,10 +443,12 @@ def _pictures(
     """Yield of each wanted sample, by its index, its image cropped to the model's size, or why it has none.
 
     The image is the one that a training script sees: `convert("RGB")` of it, whatever `images.ground` says.
-    Raises ShardError when the shard is not the one that was signed; its signatures are removed then.
+    Raises ChangedShard when the shard is not the one that was signed.
     """
     try:
         yield from _read_pictures(shard, keys, wanted, size, limits, signatures)
+    except ChangedShard:
+        raise
     except ShardError as e:
         raise ShardError(str(e).replace(REMEDY, "bring the shard back, or take another magnitude.mode")) from e
 
@@ -452,7 +460,7 @@ def _read_pictures(
     with open_shard(shard, limits.timeout) as members:
         for member in members:
             if member.index >= 0 and (member.index >= len(keys) or printable_key(member.key) != keys[member.index]):
-                raise _changed(shard, signatures)
+                raise ChangedShard(shard.name, _AGAIN)
             if member.index in wanted and member.index != last and member.suffix in images.SUFFIXES:
                 last = member.index
                 try:
@@ -461,9 +469,4 @@ def _read_pictures(
                 except images.BadImage as e:
                     yield f"no magnitude: {e.detail}"
         if members.stored.digest != read_note(signatures)["digest"]:
-            raise _changed(shard, signatures)
-
-
-def _changed(shard: Shard, signatures: Path) -> ShardError:
-    signatures.unlink(missing_ok=True)  # of bytes that are no more: the next run reads the shard again
-    return ShardError(f"{shard.name}: has changed since it was read; run 'memfilter run' again")
+            raise ChangedShard(shard.name, _AGAIN)

@@ -120,6 +120,20 @@ def _expand_remote(pattern: str) -> dict[str, Told]:
     return told
 
 
+def told_of(url: str) -> Told:
+    """Return what a file system or a store tells of a shard now; raises InputError where it tells nothing."""
+    try:
+        if SCHEME.match(url):
+            fs, path = fsspec.core.url_to_fs(url)
+            return Told.of(retried(lambda: fs.info(path)))
+        stat = os.stat(url)
+        return Told(stat.st_size, str(stat.st_mtime_ns))
+    except MemoryError:
+        raise
+    except Exception as e:  # fsspec's back ends raise what they like
+        raise InputError(cause(e)) from e
+
+
 def _canonical(url: str) -> str:
     """Return a URL as its file system itself would write it."""
     if not SCHEME.match(url) or url.startswith("http"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import platform
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL import features
 
 from . import details, images
 from .captions import FORMS, fingerprint
@@ -46,6 +49,7 @@ _CONFIG_KEYS = (
     "images.ground",
 )
 _LIBRARIES = ("imagededup", "numpy", "pillow", "pywavelets", "scipy", "simplejpeg")
+_CODECS = ("avif", "jpg_2000", "libjpeg_turbo", "libtiff", "webp")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,52 @@ def versions(hash: str) -> dict[str, str]:
     return {name: version(name) for name in (*_LIBRARIES, *(("pdqhash",) if hash == "pdq" else ()))}
 
 
+@cache
+def codecs() -> dict[str, str]:
+    """Return the versions of the decoders that Pillow was built with, which its own version does not tell."""
+    known = {*features.features, *features.codecs, *features.modules}
+    found = {name: features.version(name) for name in _CODECS if name in known}
+    return {name: str(number) for name, number in found.items() if number}
+
+
+def instruction_set() -> str:
+    """Return the class of the processor's instructions that a network's sums depend on, never which processor it is.
+
+    A lower class than the processor has is set by ONEDNN_MAX_CPU_ISA, which torch obeys.
+    """
+    has: dict[str, bool] = np._core._multiarray_umath.__cpu_features__  # type: ignore[attr-defined]
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").lower()
+    at_most = next((i for i, name in enumerate(_INSTRUCTIONS) if limit.startswith(name)), 0)
+    allowed = list(_INSTRUCTIONS.items())[at_most:]
+    return next((name for name, needs in allowed if all(map(has.get, needs))), platform.machine().lower())
+
+
+_INSTRUCTIONS = {  # the highest first
+    "avx512": ("AVX512F", "AVX512BW", "AVX512VL", "AVX512DQ"),
+    "avx2": ("AVX2",),
+    "avx": ("AVX",),
+    "sse41": ("SSE41",),
+    "sve": ("SVE",),
+}
+
+
+def made_by(config: Config) -> dict[str, str]:
+    """Return all that shapes a signature's numbers beside the sample and the configuration's own values."""
+    found = {"signatures": "signatures-5", "forms": FORMS, **versions(config.images.hash), **codecs()}
+    if encoder := image_encoder(config.images.encoder):
+        found |= {"torch": version("torch"), "instructions": instruction_set(), "encoder": encoder.identity}
+    return found
+
+
+def recorded(path: Path) -> dict[str, str]:
+    """Return by what a part was made; one of a version that did not record it tells that."""
+    by: dict[str, str] = read_note(path).get("by", EARLIER)
+    return by
+
+
+EARLIER = {"signatures": "an earlier version of memfilter"}
+
+
 def check_hash(config: Config) -> None:
     """Raise ConfigError where the package of the configured hash is missing."""
     if config.images.hash == "pdq":
@@ -72,24 +122,29 @@ def check_hash(config: Config) -> None:
             raise ConfigError("images.hash = 'pdq' needs a package; pip install 'memfilter[pdq]'") from e
 
 
-def signature_digest(shard: Shard, content: str | None, config: Config) -> str:
-    """Return the digest of everything that shapes a shard's signatures; `content` is the digest of its bytes."""
-    encoder = image_encoder(config.images.encoder)
-    libraries = versions(config.images.hash)
-    keys = [config.digest(*_CONFIG_KEYS), list(config.images.json_fields)]
-    return digest_of(["signatures-4", FORMS, shard.name, content, keys, encoder and encoder.identity, libraries])
+def signature_digest(shard: Shard, content: str | None, config: Config, by: dict[str, str] | None = None) -> str:
+    """Return the digest of everything that shapes a shard's signatures; `content` is the digest of its bytes.
+
+    They are made by what is installed, or `by` what a part has recorded.
+    """
+    return digest_of([shard.name, content, signed_keys(config), made_by(config) if by is None else by])
 
 
-def is_signed(shard: Shard, path: Path, config: Config) -> bool:
-    """Tell whether a shard's part is done; one that was skipped as bad is, where the config says skip."""
+def signed_keys(config: Config) -> list[Any]:
+    """Return what the configuration says of signatures, for a digest."""
+    return [config.digest(*_CONFIG_KEYS), list(config.images.json_fields)]
+
+
+def is_signed(shard: Shard, path: Path, config: Config, by: dict[str, str]) -> bool:
+    """Tell whether a shard's part is done, and made `by` this; one skipped as bad is, where the config says skip."""
     try:
         note = read_note(path)
     except RunError:
         return False
-    if "skipped" in note and config.input.on_bad_shard == "stop":
+    if ("skipped" in note and config.input.on_bad_shard == "stop") or note.get("by", EARLIER) != by:
         return False
     same_size = shard.size is None or shard.size == note.get("bytes", shard.size)
-    return same_size and done(path, signature_digest(shard, note.get("digest"), config))
+    return same_size and (by == EARLIER or done(path, signature_digest(shard, note.get("digest"), config, by)))
 
 
 def was_skipped(path: Path) -> bool:
@@ -118,8 +173,9 @@ def sign(shard: Shard, path: Path, config: Config) -> Signed:
         dim = encoder.dim if encoder else 0
         table = signature_schema(dim, config.images.hash, config.images.json_fields).empty_table()
     bad = table.num_rows - table["bad"].null_count
-    note |= {"samples": table.num_rows, "bad": bad}
-    write_table(path, table, signature_digest(shard, note.get("digest"), config), note)
+    by = made_by(config)
+    note |= {"samples": table.num_rows, "bad": bad, "by": by}
+    write_table(path, table, signature_digest(shard, note.get("digest"), config, by), note)
     digests = b"".join(d for d in table["digest"].to_pylist() if d)
     return Signed(table.num_rows, bad, np.frombuffer(digests, ">u8")[::2].astype(np.uint64))
 

@@ -63,6 +63,20 @@ def open_shard(shard: Shard, timeout: float = TIMEOUT) -> Iterator[Members]:
         yield members
 
 
+def content_digest(shard: Shard, timeout: float = TIMEOUT) -> str:
+    """Return the digest of a shard's bytes as they are stored; raises ShardError where they cannot be read."""
+    try:
+        with _raw(shard, timeout) as raw:
+            stored, buffer = Stored(raw), bytearray(_CHUNK)
+            while stored.readinto(buffer):
+                pass
+            return stored.digest
+    except MemoryError:
+        raise
+    except Exception as e:  # fsspec's back ends raise what they like
+        raise _unreadable(shard.name, e) from e
+
+
 class Stored(io.RawIOBase):
     """A shard's bytes as they are stored, compressed or not, counted and digested as they are read."""
 

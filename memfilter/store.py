@@ -2,6 +2,9 @@
 
 A file is written under a temporary name and renamed.  A table is *done* when it is there with the digest of
 everything that shaped it in its metadata; a stage asks `done` before it works, so the same command continues a run.
+
+A decision is made in `next/`, beside the run's own files, which it reads where they are done already.  It takes their
+place once it is whole; from the first filtered shard that is replaced to the last file, a journal says so.
 """
 
 from __future__ import annotations
@@ -9,9 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,14 +37,16 @@ _DIGEST = b"memfilter.digest"
 _NOTE = b"memfilter.note"
 _SEAL = b"memfilter.seal"
 _BLANK_SEAL = b"0" * 32
+_TEMPORARY = re.compile(r"\..+\.\d+\.memfilter\.tmp")  # as `replacing` names a file
+_RESTORE = "bring it back from a copy, or give another --out"
 _DICTIONARIES = ["bad", "detail", "shard", "action", "reasons", "match_method", "duplication", "caption_match"]
 
 
 class Store:
-    """The paths of a run directory."""
+    """The paths of a run directory; with a `base`, of a decision that is to take the place of that one's files."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, base: Store | None = None) -> None:
+        self.path, self.base = Path(path), base
         self.run_file = self.path / "run.json"
         self.edges = self.path / "edges"
         self.captions = self.path / "captions" / "captions.parquet"
@@ -48,10 +56,61 @@ class Store:
         self.generality = self.path / "generality"
         self.manifest = self.path / "manifest"
         self.threshold = self.manifest / "threshold.json"
-        self.shards = self.path / "shards"
+        run = self.path if base is None else base.path
+        self.shards = run / "shards"  # replaced one by one
+        self.journal = run / "manifest" / "journal.json"  # in the folder that is copied to serve a loader
+        self.answers = run / "generalised"  # of rewriters: they are added to, whatever becomes of a decision
+
+    def beside(self) -> Store:
+        """Return the paths of a decision about this run, beside its own files."""
+        return Store(self.path / "next", self)
+
+    def check_own(self) -> None:
+        """Raise RunError where the folder of a decision holds something else, which would be removed with it."""
+        is_folder = self.path.is_dir() and not self.path.is_symlink()
+        is_new = not os.path.lexists(self.path) or (is_folder and not any(self.path.iterdir()))
+        # the run.json of a run, as of one that was given this folder as its --out, has no `earlier`
+        if not is_new and not (is_folder and "earlier" in (read_sealed(self.run_file) or {})):
+            raise RunError(
+                f"{self.path}: in the way, and not written by this run (or its run.json is damaged); move it away and "
+                "run the same command again"
+            )
+
+    def clear(self) -> None:
+        """Remove the folder of a decision; its run.json, by which it is known to be one, goes last."""
+        for path in self.path.iterdir():
+            if path != self.run_file:
+                shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def at(self, path: Path) -> Path:
+        """Return where a file of this decision is read: its own, or else the run's."""
+        if self.base is None or path.exists():
+            return path
+        return self.base.path / path.relative_to(self.path)
+
+    def places(self, path: Path) -> list[Path]:
+        """Return where a file of this decision may be: its own, and the run's."""
+        return [path] if self.base is None else [path, self.base.path / path.relative_to(self.path)]
+
+    def place(self, path: Path, digest: str) -> Path:
+        """Return where a table is to be: the run's own where that is `done` under this digest, else `path`."""
+        if self.base is None or not done(own := self.base.path / path.relative_to(self.path), digest):
+            return path
+        path.unlink(missing_ok=True)  # of another digest, which `at` would find
+        return own
+
+    def name(self, path: Path) -> str:
+        """Return the name in the run directory of a file of this decision or the run's."""
+        inside = self.base is None or path.is_relative_to(self.path)
+        return path.relative_to(self.path if inside or self.base is None else self.base.path).as_posix()
 
     def signatures(self, shard: str) -> Path:
         """Return the path of a shard's signature part."""
+        return self.at(self.own_signatures(shard))
+
+    def own_signatures(self, shard: str) -> Path:
+        """Return the path at which this decision has a shard's signature part where it needs another."""
         return self.path / "signatures" / f"{shard}.parquet"
 
     def has_signatures(self) -> bool:
@@ -70,7 +129,7 @@ class Store:
     def locked(self) -> Iterator[None]:
         """Hold the run directory for this process alone; the lock dies with the process.
 
-        Raises RunError when another run holds it or it cannot be written.
+        Raises RunError when another run holds it, it cannot be written, or `next/` holds what no decision left there.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -82,7 +141,9 @@ class Store:
             raise RunError(f"{self.path}: cannot be written: {e.strerror}; choose another --out") from e
         try:
             for left_over in self.path.rglob(".*.tmp"):
-                left_over.unlink()
+                if _TEMPORARY.fullmatch(left_over.name):
+                    left_over.unlink()
+            self.beside().check_own()
             yield
         finally:
             lock.release()
@@ -101,20 +162,44 @@ class Store:
         except NotADirectoryError:
             raise RunError(f"{self.path}: is a file; give a folder as --out") from None
         except (OSError, ValueError) as e:
-            raise RunError(f"{self.run_file}: cannot be read: {e}; delete the directory and run again") from e
+            raise RunError(f"{self.run_file}: cannot be read: {e}; {_RESTORE}") from e
         if not isinstance(stored, dict) or stored.get("format") != FORMAT:
             raise RunError(
                 f"{self.path}: was written in format {stored.get('format') if isinstance(stored, dict) else None}, "
                 f"this version writes format {FORMAT}; give another --out"
             )
         if not is_sealed(self.run_file):
-            raise RunError(f"{self.run_file}: its bytes have changed; delete the directory and run again")
+            raise RunError(f"{self.run_file}: its bytes have changed; {_RESTORE}")
         del stored["digest"]
         return stored
 
     def write_run(self, values: dict[str, Any]) -> None:
         """Store what later commands on this directory need."""
-        write_sealed(self.run_file, {"format": FORMAT, **values})
+        write_sealed(self.run_file, {**values, "format": FORMAT})
+
+    def settings(self) -> dict[str, Any] | None:
+        """Return what the run stored, or the decision that is taking its place; raises what `read_run` does."""
+        stored, following = self.read_run(), self.beside().run_file
+        return (read_sealed(following) or stored) if self.journal.exists() else stored
+
+    def is_finished(self) -> bool:
+        """Tell whether a decision stands that is not to be changed by accident."""
+        return (self.manifest / "manifest.json").exists()
+
+    def read_journal(self) -> Journal | None:
+        """Return the journal of a decision that is taking the run's place, None where there is none."""
+        if not self.journal.exists():
+            return None
+        values = read_sealed(self.journal) or {}  # one that is damaged still says that not all fits together
+        return Journal(values.get("command", "run"), values.get("kept", []))
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What is known of a decision from the first to the last file that it replaces."""
+
+    command: str  # that finishes it
+    kept: list[str]  # the digests of filtered shards, by which those of the run are known that no part tells of
 
 
 @contextmanager
@@ -124,7 +209,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Nothing is forced to the disk: what a power failure leaves half written fails its checks and is made again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.memfilter.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -166,14 +251,25 @@ def write_sealed(path: Path, values: dict[str, Any]) -> None:
 
 
 def is_sealed(path: Path) -> bool:
-    """Tell whether every byte of a file is as `write_sealed` wrote it."""
-    data = path.read_bytes()
+    """Tell whether every byte of a file is as `write_sealed` wrote it; raises OSError for one that cannot be read."""
+    return _unsealed(path.read_bytes()) is not None
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """Return what `write_sealed` wrote, None for a file that is not there or not as it was written."""
     try:
-        values = json.loads(data)
+        return _unsealed(path.read_bytes())
+    except OSError:
+        return None
+
+
+def _unsealed(data: bytes) -> dict[str, Any] | None:
+    try:
+        values: dict[str, Any] = json.loads(data)
         text = canonical(values)
-        return bool(values.pop("digest") == digest_of(values) and text.encode() == data)
+        return values if values.pop("digest") == digest_of(values) and text.encode() == data else None
     except (ValueError, AttributeError, KeyError, TypeError):
-        return False
+        return None
 
 
 def write_table(path: Path, table: pa.Table, digest: str, note: dict[str, Any] | None = None) -> None:
@@ -215,7 +311,10 @@ def read_digest(path: Path) -> str:
 
 def read_note(path: Path) -> dict[str, Any]:
     """Return the note written beside a table, empty where there is none; raises RunError for a damaged file."""
-    note: dict[str, Any] = json.loads(_metadata(path).get(_NOTE, b"{}"))
+    try:
+        note: dict[str, Any] = json.loads(_metadata(path).get(_NOTE, b"{}"))
+    except ValueError as e:
+        raise RunError(f"{path}: missing or damaged; run the same command again") from e
     return note
 
 

@@ -110,6 +110,21 @@ def _counts(column: pa.ChunkedArray) -> list[tuple[str, int]]:
     return [(c["values"], c["counts"]) for c in column.drop_null().value_counts().to_pylist()]
 
 
+def changes(before: dict[str, Any] | None, info: dict[str, Any]) -> list[str]:
+    """Return what a decision was and is, by action and by reason; nothing where it is the first or as before."""
+    if before is None or before == {name: value for name, value in info.items() if name != "digest"}:
+        return []
+    text = []
+    for told, was, now in (
+        ("was → is", before["counts"], info["counts"]),
+        ("reasons", before["found"]["reasons"], info["found"]["reasons"]),
+    ):
+        names = (name for name in ("read", *ACTIONS, *now) if name in now)
+        pairs = {name: (was.get(name, 0), now[name]) for name in names}
+        text.append(f"{told:10}" + ", ".join(f"{n} {a:,} → {b:,}" for n, (a, b) in pairs.items() if a or b))
+    return text
+
+
 def lines(info: dict[str, Any], out: str) -> list[str]:
     """Return the summary of a finished run, the reconciliation last."""
     found, counts, config = info["found"], info["counts"], info["config"]
@@ -158,8 +173,8 @@ def _doubts(found: dict[str, Any], read: int) -> list[str]:
         text.append(f"look      {group['count']:,} samples joined {name} with {group['captions']:,} different captions")
     if text:
         text.append(
-            "          check the manifest's pairs of uid and canonical_uid, those of the lowest match_score first; where "
-            "they are no copies raise images.match_threshold, or set policy.image_duplicate: record, and rethreshold"
+            "          check the manifest's pairs of uid and canonical_uid, those of the lowest match_score first; if"
+            " they are no copies, raise images.match_threshold or set policy.image_duplicate: record, then rethreshold"
         )
     return text
 

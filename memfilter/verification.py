@@ -10,6 +10,7 @@ import numpy as np
 
 from .errors import RunError
 from .manifest import Manifest
+from .recorded import recorded_by
 from .records import ACTIONS, Shard
 from .sink import kept_digest, marker, sizes, stats
 from .store import Store, canonical, file_digest, is_sealed, read_digest, read_table
@@ -18,14 +19,17 @@ from .store import Store, canonical, file_digest, is_sealed, read_digest, read_t
 def verify(path: str | Path, progress: Callable[[list[str]], Iterable[str]] = iter) -> list[str]:
     """Return what is wrong with a finished run, one line each: nothing when every byte and count is as it was written.
 
-    Checked are the bytes of every file that the run left, that read = keep + mask + drop + bad, and that the manifest's
-    parts and the filtered shards hold exactly that.  Raises RunError when there is no finished run.
+    Checked are the bytes of every file that the run left, that all signatures were made alike, that read = keep + mask
+    + drop + bad, and that the manifest's parts and the filtered shards hold exactly that.  Raises RunError when there
+    is no finished run.
     """
     manifest = Manifest.load(path)
     store = Store(path)
     info = manifest.info
     sealed = [store.manifest / "manifest.json", *([store.run_file] if store.run_file.exists() else [])]
     problems = [f"{p.relative_to(store.path)}: its bytes have changed" for p in sealed if not is_sealed(p)]
+    if problems:  # what they say cannot be relied on
+        return problems
     for name in progress(sorted(info["files"])):
         try:
             if file_digest(store.path / name) != info["files"][name]:
@@ -39,6 +43,10 @@ def verify(path: str | Path, progress: Callable[[list[str]], Iterable[str]] = it
         problems.append(f"counts: {counts['read']} read is not the sum of {counts}")
     if problems:
         return problems
+    try:
+        recorded_by(store, [Shard(shard["name"], "", None) for shard in info["shards"]])
+    except RunError as e:
+        problems.append(str(e))
     actions = manifest.table(["action"])["action"].value_counts().to_pylist()
     held = {a["values"]: a["counts"] for a in actions}
     if held != {a: counts[a] for a in ACTIONS if counts[a]}:

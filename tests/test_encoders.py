@@ -437,7 +437,8 @@ def test_the_manifest_tells_the_built_in_encoder_and_that_there_is_none(tmp_path
     builtin = encoder_of("builtin")
     assert manifest.info["encoder"]["identity"] == builtin.identity
     assert manifest.info["encoder"]["similarity"] == builtin.similarity
-    none = memfilter.run([str(shard)], tmp_path / "out", Config.parse({"images": {"encoder": None}}), workers=1)
+    without = Config.parse({"images": {"encoder": None}})
+    none = memfilter.run([str(shard)], tmp_path / "out", without, workers=1, update=True)
     assert none.info["encoder"] is None
 
 
@@ -479,7 +480,8 @@ def test_a_cosine_that_nobody_measured_is_warned_of_once_unless_it_is_set(
     assert "0.95 is used, or set images.encoder_similarity" in told
     caplog.clear()
     config_set = Config.parse({"images": {**config, "encoder_similarity": 0.9}})
-    assert memfilter.run([str(shard)], tmp_path / "out", config_set, workers=1).info["encoder"]["similarity"] == 0.9
+    again = memfilter.run([str(shard)], tmp_path / "out", config_set, workers=1, update=True)
+    assert again.info["encoder"]["similarity"] == 0.9
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 

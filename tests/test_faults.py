@@ -123,9 +123,21 @@ def test_a_run_directory_that_has_become_read_only_is_one_line(small_disk: Path,
 
 def test_killed_at_every_commit_point_and_at_random_the_next_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--json", str(tmp_path / "kills.json")]
-    command += ["--kills", "4", "--workers-kills", "0", "--samples", "60", "--without-model"]
+    command += ["--only", "run", "--kills", "4", "--workers-kills", "0", "--samples", "60", "--without-model"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "kills.json").read_text())
     assert result["commit_points"] >= 24
     assert result["random_kills"] == 4
+
+
+@pytest.mark.parametrize("how", ["rethreshold", "update", "without inputs"])
+def test_a_finished_run_killed_at_every_step_of_another_decision_is_as_it_was_or_says_so_and_is_finished_by_the_same(
+    how: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--json", str(tmp_path / "kills.json")]
+    command += ["--only", how, "--samples", "24", "--without-model", "--without-encoder", "--before"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "kills.json").read_text())["decided_again"][how]
+    assert found["commit_points"] >= 20

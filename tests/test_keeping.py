@@ -126,7 +126,7 @@ def test_whole_numbers_beyond_the_precision_of_a_float_are_compared_as_floats(tm
     config = Config.parse({"input": {"uid_field": "uid"}, "images": {"encoder": None, "keep": ["json:n", "-uid"]}})
     assert kept(memfilter.run([str(tmp_path / "data")], tmp_path / "out", config, workers=1)) == {"000"}
     config = Config.parse({"input": {"uid_field": "uid"}, "images": {"encoder": None, "keep": ["json:n"]}})
-    assert kept(memfilter.run([str(tmp_path / "data")], tmp_path / "out", config, workers=1)) == {"001"}
+    assert kept(memfilter.run([str(tmp_path / "data")], tmp_path / "out", config, workers=1, update=True)) == {"001"}
 
 
 def test_named_values_are_kept_in_their_order_then_others_then_none(tmp_path: Path) -> None:
@@ -164,10 +164,10 @@ def test_the_keys_that_every_sample_has_are_turned_round_by_a_minus(tmp_path: Pa
     expected = {"resolution": "big", "-resolution": "small", "bytes": most, "-bytes": fewest}
     expected |= {"caption_length": "small", "-caption_length": "big"}
     for key, name in expected.items():
-        manifest = memfilter.run([str(tmp_path / "data")], tmp_path / "out", config_of(key), workers=1)
+        manifest = memfilter.run([str(tmp_path / "data")], tmp_path / "out", config_of(key), workers=1, update=True)
         assert kept(manifest) == {name}, key
     by_uid = [
-        kept(memfilter.run([str(tmp_path / "data")], tmp_path / "out", config_of(k), workers=1))
+        kept(memfilter.run([str(tmp_path / "data")], tmp_path / "out", config_of(k), workers=1, update=True))
         for k in ("uid", "-uid")
     ]
     assert sorted(name for names in by_uid for name in names) == ["big", "small"]
@@ -189,7 +189,8 @@ def test_ties_go_to_the_next_key(tmp_path: Path) -> None:
         ((licence, "resolution", "bytes", score, "-json:aesthetic_score", watermark), "002"),
     ]
     for keep, best in orders:
-        assert kept(memfilter.run([str(tmp_path / "data")], tmp_path / "out", config_of(*keep), workers=1)) == {best}
+        manifest = memfilter.run([str(tmp_path / "data")], tmp_path / "out", config_of(*keep), workers=1, update=True)
+        assert kept(manifest) == {best}
 
 
 # -- what is signed ---------------------------------------------------------------------------------------------------
@@ -241,7 +242,8 @@ def test_a_field_that_was_not_signed_is_refused_by_rethreshold_and_signed_by_run
         ConfigError, match=r"0\.tar has no signatures .* other fields of the json in images\.keep, need"
     ):
         memfilter.rethreshold(tmp_path / "out", tmp_path / "other.yaml")
-    assert kept(memfilter.run([str(data.parent)], tmp_path / "out", config_of("json:value"), workers=1)) == {"001"}
+    again = memfilter.run([str(data.parent)], tmp_path / "out", config_of("json:value"), workers=1, update=True)
+    assert kept(again) == {"001"}
 
 
 def test_only_the_named_fields_are_stored(tmp_path: Path) -> None:

@@ -252,3 +252,55 @@ def test_the_table_has_the_promised_columns(masked: Manifest) -> None:
         *("match_score", "match_threshold"),
     ]
     assert masked.table().schema.field("uid").type == pa.binary(16)
+
+
+# -- a run that is decided again while its manifest is open -----------------------------------------------------------
+
+
+@pytest.fixture
+def open_run(masked: Manifest, tmp_path: Path) -> Manifest:
+    return Manifest.load(shutil.copytree(masked.path, tmp_path / "open"))
+
+
+def decided_again(manifest: Manifest, policy: str) -> None:
+    file = manifest.path.parent / "policy.yaml"
+    file.write_text(f"policy: {{image_duplicate: {policy}}}")
+    memfilter.rethreshold(manifest.path, file, workers=1)
+
+
+def test_an_open_manifest_whose_run_was_decided_again_gives_no_more_weights(open_run: Manifest) -> None:
+    stage, rows = open_run.attach(), open_run.weigh()
+    urls = originals(open_run)
+    stream = stage({"__url__": url, "__key__": f"{key}1"} for url, key in zip(urls, "ab", strict=True))
+    assert next(stream)["loss_weight"] == 1.0
+    assert open_run.weight("a/00000.tar", "a1") == 1.0
+    sent = pickle.dumps(open_run)
+    decided_again(open_run, "record")
+    asks = [
+        lambda: next(stream),
+        lambda: open_run.weight("b/00000.tar", "b1"),
+        lambda: open_run.weights(["b/00000.tar"], ["b1"]),
+        lambda: open_run.row("b/00000.tar", "b1"),
+        lambda: open_run.table(["loss_weight"]),
+        lambda: rows({"__url__": [urls[1]], "__key__": ["b1"]}),
+        lambda: next(stage([{"__url__": urls[0], "__key__": "a1"}])),  # the next epoch, on the shard of the last one
+        lambda: pickle.loads(sent).weight("a/00000.tar", "a1"),
+    ]
+    for ask in asks:
+        with pytest.raises(RunError, match="was decided again since its manifest was opened; open it again"):
+            ask()
+    assert set(Manifest.load(open_run.path).table(["loss_weight"])["loss_weight"].to_pylist()) == {1.0}
+
+
+def test_an_open_manifest_stays_good_where_nothing_was_decided_otherwise(open_run: Manifest) -> None:
+    assert open_run.weight("a/00000.tar", "a1") == 1.0
+    decided_again(open_run, "mask")
+    assert open_run.weight("b/00000.tar", "b1") == 1.0
+    assert len(open_run.table()) == 8
+
+
+def test_a_manifest_that_has_gone_is_told(open_run: Manifest) -> None:
+    assert open_run.weight("a/00000.tar", "a1") == 1.0
+    shutil.rmtree(open_run.path)
+    with pytest.raises(RunError, match=r"manifest\.json: cannot be read any more: No such file"):
+        open_run.weight("b/00000.tar", "b1")

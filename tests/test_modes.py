@@ -370,7 +370,7 @@ def test_an_image_that_only_the_whole_decode_finds_broken_is_told(
         return decode(data, full, *rest, **more)
 
     monkeypatch.setattr(images, "decode", strict)
-    rows = memfilter.run([str(tmp_path / "in")], out, small, 1).table().to_pylist()
+    rows = memfilter.run([str(tmp_path / "in")], out, small, 1, update=True).table().to_pylist()
     assert [(r["action"], r["detail"]) for r in rows] == [("mask", None), ("keep", "no magnitude: its end is missing")]
     assert rows[1]["magnitude"] is None
 
@@ -403,7 +403,7 @@ def test_a_caption_is_kept_out_of_pools_where_a_pair_with_it_is_memorized(
     high = max(rows, key=lambda r: r["magnitude"])
     between = sorted(r["magnitude"] for r in rows)[-1]
     wanted = config(models["epsilon"], threshold=between)
-    rows = memfilter.run([str(tmp_path / "in")], tmp_path / "out", wanted, 1).table().to_pylist()
+    rows = memfilter.run([str(tmp_path / "in")], tmp_path / "out", wanted, 1, update=True).table().to_pylist()
     text = ["one", "two", "two"][int(high["key"])]
     pools = [r["captions"] for r in rows if r["captions"] is not None]
     assert pools
@@ -634,7 +634,7 @@ def test_a_model_that_changed_since_the_run_is_not_scored_under_its_old_name(
     before = weights.read_bytes()
     weights.write_bytes(before[:-4] + b"\0\0\0\1")
     (tmp_path / "seeds.yaml").write_text("magnitude: {seeds: 2}")
-    with pytest.raises(ModelError, match="has changed since the run read its files; run 'memfilter run' again"):
+    with pytest.raises(ModelError, match="has changed since the run read its files; bring it back, or"):
         memfilter.rethreshold(tmp_path / "out", tmp_path / "seeds.yaml", 1)
     weights.write_bytes(before)
     assert memfilter.rethreshold(tmp_path / "out", tmp_path / "seeds.yaml", 1).info["magnitude"]["seeds"] == 2

@@ -17,7 +17,7 @@ from memfilter.config import Config
 from memfilter.errors import ShardError
 from memfilter.records import Shard
 from memfilter.signatures import sign
-from memfilter.sink import is_written, kept_digest, marker, write_shard, write_sizes
+from memfilter.sink import is_written, kept_digest, marker, read_marker, remove_shard, write_shard, write_sizes
 
 CONFIG = Config.parse({"images": {"encoder": None}})
 
@@ -38,8 +38,10 @@ class Signed:
         self.out = folder / "out"
         self.tar, self.marker = self.out / name, marker(self.out, name)
 
-    def write(self, kept: Iterable[int]) -> None:
-        write_shard(self.shard, self.out, self.signatures, np.array(list(kept), np.int64), "digest")
+    def write(self, kept: Iterable[int], held: list[int] | None = None) -> None:
+        standing = None if held is None else np.array(held)
+        indices = np.array(list(kept), np.int64)
+        write_shard(self.shard, self.out, self.signatures, indices, "digest", held=standing)
 
     def filtered(self, kept: Iterable[int]) -> bytes:
         self.write(kept)
@@ -220,13 +222,14 @@ def test_a_source_that_changed_since_it_was_signed_is_refused(
     tmp_path: Path, change: Callable[[list[Entry]], list[Entry]]
 ) -> None:
     signed = Signed(tmp_path, tar_of(pictures()))
-    signed.write([0])
+    before = signed.filtered([0])
     signed.path.write_bytes(tar_of(change(pictures())))
     with pytest.raises(ShardError, match=r"^part/00000\.tar: has changed") as caught:
         signed.write([0, 1])
     assert len(str(caught.value).splitlines()) == 1
-    assert not signed.marker.exists()
-    assert [name for name in files(signed.out) if name.endswith(".tmp")] == []
+    assert files(signed.out) == ["part/00000.tar", "part/00000_stats.json"]
+    assert signed.tar.read_bytes() == before
+    assert is_written(signed.shard, signed.out, "digest")
 
 
 @pytest.mark.parametrize("place", ["start", "header", "member", "end-of-archive"])
@@ -271,19 +274,63 @@ def test_sizes_that_are_right_are_not_written_again(tmp_path: Path) -> None:
     assert sizes(tmp_path) == {"0.tar": 4}
 
 
-def test_shards_that_are_no_longer_meant_go_with_their_markers_and_sizes(tmp_path: Path) -> None:
-    for name in ("a/0", "a/1", "b/2"):
-        for suffix in (".tar", "_stats.json"):
-            (tmp_path / f"{name}{suffix}").parent.mkdir(exist_ok=True)
-            (tmp_path / f"{name}{suffix}").write_text("{}")
-    write_sizes(tmp_path, {"a/0.tar": 1, "a/1.tar": 1, "b/2.tar": 1})
-    write_sizes(tmp_path, {"a/1.tar": 1})
-    assert files(tmp_path) == ["a/1.tar", "a/1_stats.json", "a/sizes.json"]
-    assert sizes(tmp_path / "a") == {"1.tar": 1}
+def test_sizes_of_earlier_shards_go_once_none_of_these_is_there(tmp_path: Path) -> None:
+    earlier = {"a/0.tar": 1, "b/1.tar": 1, "b/2.tar": 1, "c/3.tar": 1}
+    write_sizes(tmp_path, earlier)
+    (tmp_path / "b" / "2.tar").write_text("still here")
+    (tmp_path / "c" / "sizes.json").write_text('{"3.tar": 1, "mine.tar": 7}')
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "sizes.json").write_text('{"mine.tar": 7}')
+    write_sizes(tmp_path, {}, earlier)
+    assert files(tmp_path) == ["b/2.tar", "b/sizes.json", "c/sizes.json", "d/sizes.json"]
+    (tmp_path / "b" / "2.tar").unlink()
+    write_sizes(tmp_path, {}, earlier)
+    assert files(tmp_path) == ["c/sizes.json", "d/sizes.json"]
 
 
-def test_a_stale_gzip_shard_goes_when_a_plain_one_takes_its_place(tmp_path: Path) -> None:
+def test_a_plain_shard_keeps_the_marker_that_a_gzip_one_of_its_stem_had(tmp_path: Path) -> None:
     for name in ("0.tar", "0.tar.gz", "0_stats.json"):
         (tmp_path / name).write_text("{}")
-    write_sizes(tmp_path, {"0.tar": 1})
-    assert files(tmp_path) == ["0.tar", "0_stats.json", "sizes.json"]
+    remove_shard(tmp_path, "0.tar.gz", {marker(tmp_path, "0.tar")})
+    assert files(tmp_path) == ["0.tar", "0_stats.json"]
+
+
+# -- from the shard that stands ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_shard_of_fewer_samples_is_made_from_the_one_that_stands_with_the_same_bytes(
+    compressed: bool, tmp_path: Path
+) -> None:
+    data = tar_of(awkward(), set="0.1")
+    data = gzip.compress(data) if compressed else data
+    from_input = Signed(tmp_path / "1", data).filtered([0, 3])
+    signed = Signed(tmp_path / "2", data)
+    signed.write([0, 1, 3])
+    signed.path.unlink()
+    signed.write([0, 3], held=[0, 1, 3])
+    assert signed.tar.read_bytes() == from_input
+    signed.tar.write_bytes(from_input[:-1] + b"x")
+    with pytest.raises(ShardError, match=r"^part/00000\.tar: cannot be read"):
+        signed.write([0], held=[0, 3])
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_what_a_killed_call_left_in_doubt_is_settled_by_the_shard_itself(replaced: bool, tmp_path: Path) -> None:
+    signed = Signed(tmp_path, tar_of(pictures()))
+    old = signed.filtered([0, 1])
+    before = json.loads(signed.marker.read_text())
+    write_shard(signed.shard, signed.out, signed.signatures, np.array([0, 2]), "other")
+    after, new = json.loads(signed.marker.read_text()), signed.tar.read_bytes()
+    assert len(old) == len(new)
+    signed.marker.write_text(json.dumps({**after, "was": before}))
+    signed.tar.write_bytes(new if replaced else old)
+    assert is_written(signed.shard, signed.out, "other") is replaced
+    assert is_written(signed.shard, signed.out, "digest") is not replaced
+    assert json.loads(signed.marker.read_text()) == (after if replaced else before)
+    signed.marker.write_text(json.dumps({**after, "was": before}))
+    signed.tar.write_bytes(bytes(len(old)))
+    assert read_marker(signed.out, signed.shard.name) == {"kept": "other"}
+    signed.marker.write_text(json.dumps({**before, "was": {"kept": "other"}}))  # killed once more
+    assert read_marker(signed.out, signed.shard.name) == {"kept": "digest"}
+    assert not is_written(signed.shard, signed.out, "other")

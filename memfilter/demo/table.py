@@ -28,7 +28,7 @@ def run(out: Path, workers: int | None = None) -> list[str]:
     reference.write_text("\n".join(unseen_captions(planted, _UNSEEN)) + "\n")
     threshold = {"false_positive_rate": _FALSE_POSITIVE_RATE, "reference": str(reference)}
     config = Config.parse({"magnitude": {"model": str(MODEL), "threshold": threshold}})
-    manifest = pipeline.run([str(out / "input")], out / "run", config, workers)
+    manifest = pipeline.run([str(out / "input")], out / "run", config, workers, update=True)
     repeated, once = compare(planted, manifest)
     contact_sheet(repeated, once, manifest.info["threshold"], out / "contact_sheet.png")
     lines = [f"{'':26}{'planted':>8}{'found':>8}   how"]
