@@ -27,13 +27,16 @@ from .alignment import (
     _correlation,
     _fine,
     _lay,
+    _means,
     _mirrored,
     _refine,
     _resized,
     _sums,
     _warp,
+    _warp_planes,
     align,
 )
+from .compiled import kernel
 from .records import THUMBNAIL_SIDE, Floats, Indices
 
 TREES = Path(__file__).with_name("comparison.safetensors")
@@ -104,6 +107,9 @@ _WELL = 0.8  # correlation of fine structure at which nothing else is tried
 _SYMMETRIC = 0.02  # of this correlation, that a mirror image must have more
 _FEWEST = 200  # pixels on each other, under which there is nothing to compare
 
+SHAPE = (3, _SIDE, _SIDE)
+"""Planes, height and width of a picture that is compared."""
+
 Planes = npt.NDArray[np.float32]
 
 
@@ -113,22 +119,52 @@ def identity() -> str:
     return f"comparison-3/{xxhash.xxh3_128_hexdigest(TREES.read_bytes())}"
 
 
-def planes(colour: npt.NDArray[np.uint8]) -> Planes:
-    """Return RGB (H, W, 3) as (3, 128, 128): luma, and the blue and red differences of JPEG without their offset."""
+def planes(colour: npt.NDArray[np.uint8], found: Planes | None = None) -> Planes:
+    """Return RGB (H, W, 3) as (3, 128, 128): luma, and the blue and red differences of JPEG without their offset.
+
+    They are put into `found` if it is given.
+    """
     from PIL import Image
 
     if colour.shape[:2] != (_SIDE, _SIDE):
         colour = np.asarray(Image.fromarray(colour).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR))
-    rgb = np.moveaxis(colour, 2, 0).astype(np.float32)
-    luma = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
-    return np.stack([luma, 0.564 * (rgb[2] - luma), 0.713 * (rgb[0] - luma)]).astype(np.float32)
+    found = np.empty(SHAPE, np.float32) if found is None else found
+    _split(np.ascontiguousarray(colour), found)
+    return found
 
 
 def thumbnails(pictures: Planes) -> npt.NDArray[np.uint8]:
     """Return the grey thumbnails (N, 32, 32) of pictures (N, 3, 128, 128) that are aligned first."""
-    luma = pictures[:, 0].reshape(len(pictures), THUMBNAIL_SIDE, -1, THUMBNAIL_SIDE, _SIDE // THUMBNAIL_SIDE)
-    small: npt.NDArray[np.uint8] = np.clip(np.rint(luma.mean((2, 4))), 0, 255).astype(np.uint8)
+    small = np.empty((len(pictures), THUMBNAIL_SIDE, THUMBNAIL_SIDE), np.uint8)
+    _shrink(pictures, small)
     return small
+
+
+@kernel
+def _split(colour: npt.NDArray[np.uint8], found: Planes) -> None:
+    for i in range(_SIDE):
+        luma, blue, red = found[0, i], found[1, i], found[2, i]
+        for j in range(_SIDE):
+            r, g, b = np.float32(colour[i, j, 0]), np.float32(colour[i, j, 1]), np.float32(colour[i, j, 2])
+            luma[j] = np.float32(0.299) * r + np.float32(0.587) * g + np.float32(0.114) * b
+            blue[j], red[j] = np.float32(0.564) * (b - luma[j]), np.float32(0.713) * (r - luma[j])
+
+
+@kernel
+def _shrink(pictures: Planes, small: npt.NDArray[np.uint8]) -> None:
+    """Fill in means over squares of the luma, to the nearest level."""
+    side = _SIDE // THUMBNAIL_SIDE
+    for k in range(len(small)):
+        luma = pictures[k, 0]
+        for i in range(THUMBNAIL_SIDE):
+            for j in range(THUMBNAIL_SIDE):
+                total = np.float32(0)  # grey pictures have means between two levels: the order of the sum decides
+                for y in range(side * i, side * (i + 1)):
+                    line = np.float32(0)
+                    for x in range(side * j, side * (j + 1)):
+                        line += luma[y, x]
+                    total += line
+                small[k, i, j] = min(max(np.rint(total / np.float32(side * side)), 0), 255)
 
 
 def features(pictures: Planes, a: Indices, b: Indices, alignment: Alignment) -> Floats:
@@ -176,6 +212,7 @@ def _climb(found, feature, limit, left, right, roots, score):  # type: ignore[no
 
 @_compiled
 def _compare_all(pictures, a, b, maps, mirrored, turned, found):  # type: ignore[no-untyped-def]
+    room = np.empty((2, _PLANES * _SIDE * _SIDE), np.float32)
     for i in range(len(a)):
         one, other, affine = pictures[a[i]], pictures[b[i]], maps[i].copy()
         upright = other
@@ -191,7 +228,7 @@ def _compare_all(pictures, a, b, maps, mirrored, turned, found):  # type: ignore
             _lay(as_it_is, 0.0, 0.0, 0.0)
             if _laid(upright[0], one[0], as_it_is) >= fit - (_SYMMETRIC if mirrored[i] else 0.0):
                 needle, hay, affine, found[i, 1] = upright, one, as_it_is, 0.0
-        _compare(needle, hay, affine, found[i])
+        _compare(needle, hay, affine, found[i], room)
         found[i, 50], found[i, 51] = _ground(needle[0]), _ground(hay[0])
 
 
@@ -232,28 +269,39 @@ def _laid(needle, hay, affine):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _compare(needle, hay, affine, found):  # type: ignore[no-untyped-def]
+def _compare(needle, hay, affine, found, room):  # type: ignore[no-untyped-def]
     """Fill in all features but the first two of a picture, the needle, that lies so on another, the hay."""
     height = max(16, min(_SIDE, round(abs(affine[1]) * _SIDE)))
     width = max(16, min(_SIDE, round(abs(affine[5]) * _SIDE)))
-    one, other = np.empty((3, height, width), np.float32), np.empty((3, height, width), np.float32)
+    seen = room[0, : _PLANES * height * width].reshape(_PLANES, height, width)
     inside = np.empty((height, width), np.bool_)
-    n = 0
     for plane in range(3):
-        one[plane] = _resized(needle[plane], height, width)
-        n = _warp(hay[plane], affine, other[plane], inside)
+        seen[plane] = _resized(needle[plane], height, width)
+    n = _warp_planes(hay, affine, seen[3:6], inside)
     found[2] = n / (height * width)
     found[3] = abs(affine[1] * affine[5] - affine[2] * affine[4]) * found[2]
     if n < _FEWEST:
         return
-    fine_a, fine_b = one[0] - _blurred(one[0], 2), other[0] - _blurred(other[0], 2)
-    sums = _summed(one, other, inside, fine_a, fine_b)
+    seen[_SLOPE:] = 0
+    for k in range(2):
+        _structure(seen[3 * k], seen[_FINE + k], seen[_MIDDLE + k])
+        _add_slopes(seen[3 * k], seen[_SLOPE + k])
+        _add_slopes(seen[3 * k + 1], seen[_TINT + k])
+        _add_slopes(seen[3 * k + 2], seen[_TINT + k])
+    pixels = room[1, : _PLANES * n].reshape(_PLANES, n)
+    ends = _by_cell(seen, inside, pixels)
+    sums = _summed(pixels, ends)
     gain, offset = _as_a_whole(sums, n, found)
-    unfitted = _unfitted(one[0], other[0], inside, gain, offset, sums, n, found)
-    pixels = height * width / (_CELLS * _CELLS)
-    _in_cells(sums, unfitted, pixels, found)
-    _grained(sums, _grain(fine_a, fine_b, inside), pixels, found)
+    unfitted = _unfitted(pixels, ends, gain, offset, n, found)
+    in_a_cell = height * width / (_CELLS * _CELLS)
+    _in_cells(sums, unfitted, in_a_cell, found)
+    _grained(sums, _grain(seen[_FINE], seen[_FINE + 1], inside, sums), in_a_cell, found)
 
+
+# planes of the pixels that are compared: levels and colours of the needle and of the hay, and of both fine structure,
+# that between 3 and 13 pixels, and slopes of levels and of colours
+_P, _U, _V, _Q, _W, _X, _FINE, _MIDDLE, _SLOPE, _TINT = 0, 1, 2, 3, 4, 5, 6, 8, 10, 12
+_PLANES = 14
 
 # of a cell: pixels; levels, their squares and product; colours, their squares and products; fine and middle structure,
 # squares and products; flat pixels; differences, unexplained ones, and how many are large
@@ -266,63 +314,121 @@ _SUMS = 28
 
 
 @_compiled
-def _blurred(picture, reach):  # type: ignore[no-untyped-def]
-    """Return means over squares of 2 * reach + 1 pixels on a side, cut at the edges."""
+def _structure(picture, fine, middle):  # type: ignore[no-untyped-def]
+    """Fill in a picture's fine and middle structure."""
+    sums = _sums(picture)
+    fine[:] = picture - _means(sums, 2)
+    middle[:] = _means(sums, 1) - _means(sums, 6)
+
+
+@_compiled
+def _add_slopes(picture, slopes):  # type: ignore[no-untyped-def]
+    """Add by how many levels the picture changes from each pixel to the next."""
     height, width = picture.shape
-    sums, blurred = _sums(picture), np.empty_like(picture)
+    half = np.float32(0.5)
     for i in range(height):
-        top, end = max(i - reach, 0), min(i + reach + 1, height)
+        above, line, below, slope = picture[max(i - 1, 0)], picture[i], picture[min(i + 1, height - 1)], slopes[i]
         for j in range(width):
-            left, last = max(j - reach, 0), min(j + reach + 1, width)
-            total = sums[end, last] - sums[top, last] - sums[end, left] + sums[top, left]
-            blurred[i, j] = total / ((end - top) * (last - left))
-    return blurred
+            slope[j] += abs(below[j] - above[j]) * half
+        right, inner = line[2:], slope[1:]
+        for j in range(width - 2):
+            inner[j] += abs(right[j] - line[j]) * half
+        slope[0] += abs(line[1] - line[0]) * half
+        slope[width - 1] += abs(line[width - 1] - line[width - 2]) * half
 
 
 @_compiled
-def _slope(picture, i, j):  # type: ignore[no-untyped-def]
-    """Return by how many levels the picture changes from a pixel to the next."""
-    above, below = max(i - 1, 0), min(i + 1, picture.shape[0] - 1)
-    before, after = max(j - 1, 0), min(j + 1, picture.shape[1] - 1)
-    return (abs(picture[below, j] - picture[above, j]) + abs(picture[i, after] - picture[i, before])) / 2
+def _begins(length):  # type: ignore[no-untyped-def]
+    """Return where the cells begin along a side, and its length."""
+    begins = np.empty(_CELLS + 1, np.int64)
+    for cell in range(_CELLS + 1):
+        begins[cell] = (cell * length + _CELLS - 1) // _CELLS
+    return begins
 
 
 @_compiled
-def _summed(one, other, inside, fine_a, fine_b):  # type: ignore[no-untyped-def]
-    """Return the sums of each cell, (cells, cells, _SUMS)."""
-    height, width = inside.shape
-    sums = np.zeros((_CELLS, _CELLS, _SUMS))
-    middle_a = _blurred(one[0], 1) - _blurred(one[0], 6)
-    middle_b = _blurred(other[0], 1) - _blurred(other[0], 6)
-    for i in range(height):
-        for j in range(width):
-            if not inside[i, j]:
+def _by_cell(seen, inside, pixels):  # type: ignore[no-untyped-def]
+    """Fill in the pixels inside, one cell's after the other's; return where each cell's end, from 0 on."""
+    rows, columns = _begins(inside.shape[0]), _begins(inside.shape[1])
+    ends, n = np.zeros(_CELLS * _CELLS + 1, np.int64), 0
+    for cell in range(_CELLS * _CELLS):
+        left, right = columns[cell % _CELLS], columns[cell % _CELLS + 1]
+        for i in range(rows[cell // _CELLS], rows[cell // _CELLS + 1]):
+            within = inside[i, left:right]
+            if within.all():
+                for plane in range(_PLANES):
+                    source, target = seen[plane, i, left:right], pixels[plane, n:]
+                    for j in range(right - left):
+                        target[j] = source[j]
+                n += right - left
                 continue
-            s = sums[i * _CELLS // height, j * _CELLS // width]
-            p, q, u, v = one[0, i, j], other[0, i, j], fine_a[i, j], fine_b[i, j]
-            s[_N], s[_A], s[_B] = s[_N] + 1, s[_A] + p, s[_B] + q
-            s[_AA], s[_BB], s[_AB] = s[_AA] + p * p, s[_BB] + q * q, s[_AB] + p * q
-            s[_FAA], s[_FBB], s[_FAB] = s[_FAA] + u * u, s[_FBB] + v * v, s[_FAB] + u * v
-            u, v = middle_a[i, j], middle_b[i, j]
-            s[_MAA], s[_MBB], s[_MAB] = s[_MAA] + u * u, s[_MBB] + v * v, s[_MAB] + u * v
-            slope_a, slope_b = _slope(one[0], i, j), _slope(other[0], i, j)
-            s[_FLAT_A], s[_FLAT_B] = s[_FLAT_A] + (slope_a < 4), s[_FLAT_B] + (slope_b < 4)
-            difference = abs(p - q)
-            unexplained = max(difference - max(slope_a, slope_b), 0.0)
-            s[_DIFFERENCE], s[_UNEXPLAINED] = s[_DIFFERENCE] + difference, s[_UNEXPLAINED] + unexplained
-            s[_LARGE] += unexplained > 24
-            a, b, c, d = one[1, i, j], one[2, i, j], other[1, i, j], other[2, i, j]
-            s[_UA], s[_VA], s[_UB], s[_VB] = s[_UA] + a, s[_VA] + b, s[_UB] + c, s[_VB] + d
-            s[_CAA], s[_CBB] = s[_CAA] + a * a + b * b, s[_CBB] + c * c + d * d
-            s[_CAB] += a * c + b * d
-            distance = np.sqrt((a - c) ** 2 + (b - d) ** 2)
-            tint_a = _slope(one[1], i, j) + _slope(one[2], i, j)
-            tint_b = _slope(other[1], i, j) + _slope(other[2], i, j)
-            flat = max(slope_a, slope_b) < 4 and max(tint_a, tint_b) < 8
-            s[_RECOLOURED], s[_BOTH_FLAT] = s[_RECOLOURED] + (distance > 20), s[_BOTH_FLAT] + flat
-            s[_FLAT_RECOLOURED] += flat and distance > 20
-            s[_COLOUR_UNEXPLAINED] += max(distance - max(tint_a, tint_b), 0.0)
+            for j in range(right - left):
+                if within[j]:
+                    for plane in range(_PLANES):
+                        pixels[plane, n] = seen[plane, i, left + j]
+                    n += 1
+        ends[cell + 1] = n
+    return ends
+
+
+@_compiled
+def _summed(pixels, ends):  # type: ignore[no-untyped-def]
+    """Return the sums of each cell, (cells, cells, _SUMS)."""
+    sums = np.zeros((_CELLS, _CELLS, _SUMS))
+    for cell in range(_CELLS * _CELLS):
+        s, first, last = sums[cell // _CELLS, cell % _CELLS], ends[cell], ends[cell + 1]
+        p, q, u, v = _planes_of(pixels, first, last, _P, _Q, _U, _V)
+        w, x, fine_p, fine_q = _planes_of(pixels, first, last, _W, _X, _FINE, _FINE + 1)
+        middle_p, middle_q, slope_p, slope_q = _planes_of(pixels, first, last, _MIDDLE, _MIDDLE + 1, _SLOPE, _SLOPE + 1)
+        s[_N] = last - first
+        s[_A], s[_B], s[_AA], s[_BB], s[_AB] = _moments(p, q)
+        _, _, s[_FAA], s[_FBB], s[_FAB] = _moments(fine_p, fine_q)
+        _, _, s[_MAA], s[_MBB], s[_MAB] = _moments(middle_p, middle_q)
+        s[_UA], s[_UB], uu, ww, uw = _moments(u, w)
+        s[_VA], s[_VB], vv, xx, vx = _moments(v, x)
+        s[_CAA], s[_CBB], s[_CAB] = uu + vv, ww + xx, uw + vx
+        _differences(p, q, slope_p, slope_q, s)
+        tint_p, tint_q = pixels[_TINT, first:last], pixels[_TINT + 1, first:last]
+        _recoloured(u, v, w, x, slope_p, slope_q, tint_p, tint_q, s)
     return sums
+
+
+@_compiled
+def _planes_of(pixels, first, last, a, b, c, d):  # type: ignore[no-untyped-def]
+    return pixels[a, first:last], pixels[b, first:last], pixels[c, first:last], pixels[d, first:last]
+
+
+@_compiled
+def _moments(one, other):  # type: ignore[no-untyped-def]
+    """Return the sums of two planes, of their squares and of their products."""
+    a, b, aa, bb, ab = 0.0, 0.0, 0.0, 0.0, 0.0
+    for i in range(len(one)):
+        p, q = one[i], other[i]
+        a, b, aa, bb, ab = a + p, b + q, aa + p * p, bb + q * q, ab + p * q
+    return a, b, aa, bb, ab
+
+
+@_compiled
+def _differences(one, other, slope_one, slope_other, s):  # type: ignore[no-untyped-def]
+    flat_a, flat_b, total, rest, large = 0.0, 0.0, 0.0, 0.0, 0.0
+    for i in range(len(one)):
+        difference = abs(one[i] - other[i])
+        unexplained = max(difference - max(slope_one[i], slope_other[i]), np.float32(0))
+        flat_a, flat_b = flat_a + (slope_one[i] < 4), flat_b + (slope_other[i] < 4)
+        total, rest, large = total + difference, rest + unexplained, large + (unexplained > 24)
+    s[_FLAT_A], s[_FLAT_B], s[_DIFFERENCE], s[_UNEXPLAINED], s[_LARGE] = flat_a, flat_b, total, rest, large
+
+
+@_compiled
+def _recoloured(u, v, w, x, slope_one, slope_other, tint_one, tint_other, s):  # type: ignore[no-untyped-def]
+    recoloured, flats, both, rest = 0.0, 0.0, 0.0, 0.0
+    for i in range(len(u)):
+        distance = np.sqrt((u[i] - w[i]) ** 2 + (v[i] - x[i]) ** 2)
+        tint, far = max(tint_one[i], tint_other[i]), distance > 20
+        flat = (max(slope_one[i], slope_other[i]) < 4) & (tint < 8)
+        recoloured, flats, both = recoloured + far, flats + flat, both + (flat & far)
+        rest += max(distance - tint, np.float32(0))
+    s[_RECOLOURED], s[_BOTH_FLAT], s[_FLAT_RECOLOURED], s[_COLOUR_UNEXPLAINED] = recoloured, flats, both, rest
 
 
 @_compiled
@@ -360,18 +466,18 @@ def _as_a_whole(sums, n, found):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _unfitted(one, other, inside, gain, offset, sums, n, found):  # type: ignore[no-untyped-def]
+def _unfitted(pixels, ends, gain, offset, n, found):  # type: ignore[no-untyped-def]
     """Fill in what differs once the line was laid through the levels; return the unexplained part in each cell."""
-    height, width = inside.shape
     in_cells = np.zeros((_CELLS, _CELLS))
-    total, large = 0.0, 0
-    for i in range(height):
-        for j in range(width):
-            if inside[i, j]:
-                difference = abs(gain * one[i, j] + offset - other[i, j])
-                unexplained = max(difference - max(_slope(one, i, j), _slope(other, i, j)), 0.0)
-                total, large = total + difference, large + (unexplained > 24)
-                in_cells[i * _CELLS // height, j * _CELLS // width] += unexplained
+    total, large = 0.0, 0.0
+    for cell in range(_CELLS * _CELLS):
+        first, last, rest = ends[cell], ends[cell + 1], 0.0
+        one, other, slope_one, slope_other = _planes_of(pixels, first, last, _P, _Q, _SLOPE, _SLOPE + 1)
+        for i in range(len(one)):
+            difference = abs(gain * one[i] + offset - other[i])
+            unexplained = max(difference - max(slope_one[i], slope_other[i]), 0.0)
+            total, rest, large = total + difference, rest + unexplained, large + (unexplained > 24)
+        in_cells[cell // _CELLS, cell % _CELLS] = rest
     found[16], found[19] = total / n, large / n
     return in_cells
 
@@ -413,21 +519,19 @@ def _in_cells(sums, unfitted, pixels, found):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _grain(fine_a, fine_b, inside):  # type: ignore[no-untyped-def]
+def _grain(fine_a, fine_b, inside, sums):  # type: ignore[no-untyped-def]
     """Return squares and product of each cell's fine structure less the means of its lines and of its columns."""
     height, width = inside.shape
     lines, columns = np.zeros((2, height, _CELLS)), np.zeros((2, _CELLS, width))
+    _add_up(fine_a, inside, lines[0], columns[0])
+    _add_up(fine_b, inside, lines[1], columns[1])
     grain, total = np.zeros((_CELLS, _CELLS, 3)), np.zeros((_CELLS, _CELLS, 2))
+    for y in range(_CELLS):
+        for x in range(_CELLS):
+            g, s = grain[y, x], sums[y, x]
+            g[0], g[1], g[2] = s[_FAA], s[_FBB], s[_FAB]
     for i in range(height):
-        y = i * _CELLS // height
-        for j in range(width):
-            if inside[i, j]:
-                x, a, b = j * _CELLS // width, fine_a[i, j], fine_b[i, j]
-                lines[0, i, x], lines[1, i, x] = lines[0, i, x] + a, lines[1, i, x] + b
-                columns[0, y, j], columns[1, y, j] = columns[0, y, j] + a, columns[1, y, j] + b
-                total[y, x, 0], total[y, x, 1] = total[y, x, 0] + a, total[y, x, 1] + b
-                g = grain[y, x]
-                g[0], g[1], g[2] = g[0] + a * a, g[1] + b * b, g[2] + a * b
+        total[i * _CELLS // height] += lines[:, i].T
     across, down = _CELLS / width, _CELLS / height  # one by the number of pixels in a line, and in a column
     for i in range(height):
         for x in range(_CELLS):
@@ -438,6 +542,24 @@ def _grain(fine_a, fine_b, inside):  # type: ignore[no-untyped-def]
         for x in range(_CELLS):
             _less(grain[y, x], total[y, x, 0], total[y, x, 1], -across * down)
     return grain
+
+
+@_compiled
+def _add_up(fine, inside, lines, columns):  # type: ignore[no-untyped-def]
+    """Fill in the sums of the pixels inside along each cell's lines and columns."""
+    height, width = inside.shape
+    begins = _begins(width)
+    line = np.empty(width, np.float32)
+    for i in range(height):
+        column, within, levels = columns[i * _CELLS // height], inside[i], fine[i]
+        for j in range(width):
+            line[j] = levels[j] * np.float32(within[j])
+            column[j] += line[j]
+        for cell in range(_CELLS):
+            total = 0.0
+            for j in range(begins[cell], begins[cell + 1]):
+                total += line[j]
+            lines[i, cell] = total
 
 
 @_compiled

@@ -24,7 +24,7 @@ from .encoders import image_encoder
 from .records import JUDGED, Floats, Ints, Samples, voids
 from .store import Store, done, read_table, replacing, write_table
 
-_CHUNK = 256  # pairs whose pictures are held by a thread
+_CHUNK = 64  # pairs whose pictures are held by a thread, at 196 kB each
 _KEPT_AFTER = 60.0  # seconds of work that a kill may cost
 
 
@@ -127,7 +127,9 @@ class Judge:
         rows, place = np.unique(np.stack([a, b]), return_inverse=True)
         one, other = place.reshape(2, -1)
         at = self._place[rows]
-        shown = np.stack([comparison.planes(details.unpacked(p.as_py())) for p in self._shown["picture"].take(at)])
+        shown = np.empty((len(rows), *comparison.SHAPE), np.float32)
+        for picture, place_of_it in zip(self._shown["picture"].take(at), shown, strict=True):
+            comparison.planes(details.unpacked(picture.as_py()), place_of_it)
         aligned = align(comparison.thumbnails(shown), one, other)
         score = np.full(len(a), np.nan, np.float32)
         wanted = np.flatnonzero(by_hash | self._supported(cosine, aligned.evidence))

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 
 import memfilter
 from memfilter import Config, comparison, details
-from memfilter.alignment import align
+from memfilter.alignment import _means, _sums, align
 from memfilter.comparison import FEATURES
 from memfilter.signatures import Signer
 
@@ -124,6 +124,43 @@ def test_a_score_does_not_depend_on_the_pairs_beside_it() -> None:
         np.testing.assert_array_equal(one[0], together[i])
     assert together.shape == (4, len(FEATURES))
     assert np.isfinite(together).all()
+
+
+def test_a_score_does_not_depend_on_what_was_compared_before_it() -> None:
+    # the room that pictures are laid in is used again: a crop leaves some of it as it was
+    whole = page(1)
+    files = [encoded(image, "PNG") for image in (whole, whole.crop((150, 200, 400, 560)), icon("teal"), page(2))]
+    shown = np.stack([comparison.planes(details.unpacked(SIGNER._image(data)["picture"])) for data in files])
+    a, b = np.triu_indices(len(files), 1)
+    aligned = align(comparison.thumbnails(shown), a, b)
+    forwards = comparison.features(shown, a, b, aligned)
+    order = np.arange(len(a))[::-1]
+    np.testing.assert_array_equal(comparison.features(shown, a[order], b[order], aligned.of(order))[order], forwards)
+
+
+def test_planes_and_thumbnails_are_the_weighted_sums_and_means_that_they_are_said_to_be() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
+    red, green, blue = np.moveaxis(picture.astype(np.float64), 2, 0)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    found = comparison.planes(picture)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, [luma, 0.564 * (blue - luma), 0.713 * (red - luma)], atol=1e-3)
+    room = np.empty(comparison.SHAPE, np.float32)
+    assert comparison.planes(picture, room) is room
+    np.testing.assert_array_equal(room, found)
+    means = luma.reshape(32, 4, 32, 4).mean((1, 3))
+    assert np.abs(comparison.thumbnails(found[None])[0] - means).max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (9, 16), (64, 47)])
+@pytest.mark.parametrize("reach", [1, 2, 6])
+def test_means_are_those_of_the_squares_around_each_pixel(shape: tuple[int, int], reach: int) -> None:
+    picture = np.random.default_rng(0).uniform(0, 255, shape).astype(np.float32)
+    expected = [
+        [picture[max(i - reach, 0) : i + reach + 1, max(j - reach, 0) : j + reach + 1].mean() for j in range(shape[1])]
+        for i in range(shape[0])
+    ]
+    np.testing.assert_allclose(_means(_sums(picture), reach), expected, rtol=1e-5)
 
 
 def test_more_difference_never_makes_a_pair_more_alike() -> None:

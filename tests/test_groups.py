@@ -25,7 +25,7 @@ from memfilter.encoders.builtin import Builtin
 from memfilter.errors import InputError
 from memfilter.groups import Neighbours, caption_rows, distinct_captions, group, load_samples, visit
 from memfilter.records import CAPTION_METHODS, METHODS, Groups, Samples, Shard, signature_schema
-from memfilter.store import Store, read_note, write_table
+from memfilter.store import Store, read_note, read_table, write_table
 
 DIM = 2
 SIMILARITY = Builtin.similarity
@@ -642,6 +642,26 @@ def test_a_group_of_1_500_encodings_of_near_embeddings_is_whole() -> None:
     assert (found.image_count == 1500).all()
     assert (found.method[1:] == METHODS.index("embedding")).all()
     assert seconds < 15
+
+
+@pytest.mark.parametrize("distinct", [1, 3000])
+def test_a_heavy_group_costs_about_one_comparison_a_copy_and_lists_no_square_of_pairs(distinct: int) -> None:
+    # a crowd of copies whose hashes are equal, or all apart, and one picture that is alone
+    hashes = [(i % distinct) * 0x9E37_79B9_7F4A_7C15 % 2**64 for i in range(3000)]
+    images = [Image(i, h, 0, bytes=9000 - i) for i, h in enumerate(hashes)]
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        samples = load_samples(write_parts([rows_of(*images, Image(9999, FAR, 90))], store), store)
+        candidates = find_candidates(samples, store, STRICT)
+        captions, caption = distinct_captions(samples, store)
+        keepers = caption_keepers(samples, captions, caption, store, STRICT)
+        found = group(samples, candidates, caption, keepers, store, STRICT)
+        judged = read_table(store.edges / "scores.parquet")
+    assert (found.image_group[:-1] == 0).all()
+    assert found.image_count.tolist() == [3000] * 3000 + [1]
+    assert len(candidates.pairs) + len(candidates.hashes) < 3000
+    assert len(candidates.hubs) == 3000
+    assert 2999 <= len(judged) < 3100
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
