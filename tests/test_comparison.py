@@ -171,6 +171,51 @@ def test_more_difference_never_makes_a_pair_more_alike() -> None:
         assert (sign * (comparison.scores(more) - comparison.scores(rows)) >= -1e-6).all()
 
 
+FLAGS = {
+    "Netherlands": "- #ae1c28 #ffffff #21468b",
+    "Hungary": "- #ce2939 #ffffff #477050",
+    "Russia": "- #ffffff #0039a6 #d52b1e",
+    "Bulgaria": "- #ffffff #00966e #d62612",
+    "Germany": "- #000000 #dd0000 #ffce00",
+    "Austria": "- #ed2939 #ffffff #ed2939",
+    "Poland": "- #ffffff #dc143c",
+    "Monaco": "- #ce1126 #ffffff",
+    "Ukraine": "- #005bbb #ffd500",
+    "France": "| #0055a4 #ffffff #ef4135",
+    "Italy": "| #009246 #ffffff #ce2b37",
+    "Ireland": "| #169b62 #ffffff #ff883e",
+    "Belgium": "| #000000 #fae042 #ed2939",
+    "Romania": "| #002b7f #fcd116 #ce1126",
+    "Nigeria": "| #008751 #ffffff #008751",
+    "Peru": "| #d91023 #ffffff #d91023",
+}
+
+
+def flag(country: str) -> Image.Image:
+    across, *colours = FLAGS[country].split()
+    image = Image.new("RGB", (300, 200))
+    for i, colour in enumerate(colours):
+        first, end = i / len(colours), (i + 1) / len(colours)
+        box = (0, first * 200, 300, end * 200) if across == "-" else (first * 300, 0, end * 300, 200)
+        image.paste(colour, (round(box[0]), round(box[1]), round(box[2]), round(box[3])))
+    return image
+
+
+@pytest.mark.parametrize("encoder", [None, "builtin"])
+def test_flags_of_bands_are_different_and_their_copies_are_found(encoder: str | None, tmp_path: Path) -> None:
+    members = []
+    for country in FLAGS:
+        members += sample(country, encoded(flag(country), "PNG"), f"the flag of {country}")
+        members += sample(f"{country}-small", encoded(flag(country).resize((150, 100))), f"{country}, small")
+    write_tar(tmp_path / "in" / "a.tar", members)
+    run = memfilter.run([str(tmp_path / "in")], tmp_path / "out", Config.parse({"images": {"encoder": encoder}}), 1)
+    rows = run.table().to_pylist()
+    key = {row["uid"]: row["key"] for row in rows}
+    assert {row["key"]: key.get(row["canonical_uid"]) for row in rows if row["action"] == "drop"} == {
+        f"{country}-small": country for country in FLAGS
+    }
+
+
 def test_a_run_tells_what_it_compared_and_decides_again_without_the_pictures(tmp_path: Path) -> None:
     members = sample("a", encoded(icon("crimson"), "PNG"), "a") + sample("b", encoded(icon("crimson"), quality=60), "b")
     members += sample("c", encoded(icon("teal"), "PNG"), "c") + sample("d", encoded(page(1), "PNG"), "d")
