@@ -544,7 +544,6 @@ _SIGNALS: dict[str, tuple[tuple[float, float, float, float, int], ...]] = {
     "frame": ((0.2, 0.2, 0.8, 0.8, 1),),
     "checks": ((0.5, 0, 1, 0.5, 1), (0, 0.5, 0.5, 1, 1)),
     "corner": ((0, 0, 0.5, 0.5, 1),),
-    "post and bands": ((0.35, 0, 1, 0.5, 1), (0.35, 0.5, 1, 1, 2)),
 }
 """Boxes, in shares of the sides, and which of the colours after the ground's each has."""
 

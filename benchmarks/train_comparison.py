@@ -48,6 +48,10 @@ WEIGHT = {"photos": 3, "openclipart-stars": 0.5, "signal": 0.2}
 """Weight of a set's pairs, else 1: less for what is only there to tell series apart."""
 SERIES = {"ledger": 96, "signal": 240}
 """Number of documents of a kind, else 45."""
+MIRRORED = 3
+"""Weight of a mirrored photo, 1 that of another copy."""
+CUT_OUT = ("tuxpaint-stamps",)
+"""Sets of things that were cut out of photos, which may be copies in the mirror, or not."""
 FOLDS = 5
 ITERATIONS, LEAVES, RATE = 400, 16, 0.08
 
@@ -152,13 +156,13 @@ def copies(picture: Picture, random: Random) -> Iterator[bytes]:
     yield encoded(picture.crop((round(x), round(y), round(x + share * width), round(y + share * height))))
 
 
-def others(picture: Picture, random: Random) -> Iterator[bytes]:
-    """Yield pictures that are not the graphic: its mirror image, and itself in other colours."""
+def others(picture: Picture, random: Random, cut_out: bool) -> Iterator[bytes]:
+    """Yield pictures that are not the graphic: its mirror image, but of a cut-out, and itself in other colours."""
     mirrored = ImageOps.mirror(picture)
     hue, saturation, value = picture.convert("HSV").split()
     turn = random.randrange(40, 216)
     recoloured = Image.merge("HSV", (hue.point(lambda h: (h + turn) % 256), saturation, value)).convert("RGB")
-    for other in (mirrored, recoloured):
+    for other in (recoloured,) if cut_out else (mirrored, recoloured):
         small = [np.asarray(p.resize((64, 64)), np.int16) for p in (picture, other)]
         if np.abs(small[0] - small[1]).mean() > 6:  # or it looks the same
             yield encoded(other)
@@ -207,7 +211,7 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
 def graphic_pairs(name: str, pictures: list[Picture]) -> dict[str, Any]:
     random, files, pairs = Random(name), [encoded(p) for p in pictures], {True: [], False: []}
     for i, picture in enumerate(pictures):
-        for true, made in ((True, copies(picture, random)), (False, others(picture, random))):
+        for true, made in ((True, copies(picture, random)), (False, others(picture, random, name in CUT_OUT))):
             for data in made:
                 pairs[true].append((i, len(files)))
                 files.append(data)
@@ -259,8 +263,10 @@ def train(tables: dict[str, dict[str, Any]], bias: float) -> tuple[dict[str, npt
         )
         rows = {column: values[keep] for column, values in rows.items()}
         parts.append(rows)
-        unlike = UNLIKE.get(name, 9 if name in TUNING else 3)
+        unlike = UNLIKE.get(name, 4 if name in TUNING else 3)
         share = np.where(rows["true"], 1 / rows["true"].sum(), unlike / (~rows["true"]).sum())
+        if name == "photos":
+            share[rows["true"] & (rows["features"][:, FEATURES.index("mirrored")] > 0)] *= MIRRORED
         weights.append(share / share.mean() * WEIGHT.get(name, 1))
         names += [name] * len(rows["a"])
         folds += [zlib.crc32(f"{name} {a % 50}".encode()) for a in rows["a"].tolist()]

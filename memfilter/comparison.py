@@ -103,6 +103,8 @@ _SIDE = 128
 _CELLS = 8
 _HALF, _STEPS, _LAST_STEPS = 64, 4, 2  # side and steps at which the map is refined
 _LEAST_SQUARES = 20.0  # width of trust that leaves no pixel out
+_OVERLAP = 0.6  # share of the smaller picture on the larger one under which none is a copy: two flags share a stripe
+_FAR = 0.25  # change of the map beyond which it is not trusted
 _WELL = 0.8  # correlation of fine structure at which nothing else is tried
 _SYMMETRIC = 0.02  # of this correlation, that a mirror image must have more
 _FEWEST = 200  # pixels on each other, under which there is nothing to compare
@@ -183,11 +185,11 @@ def compared(pictures: Planes) -> Floats:
 
 
 def scores(found: Floats) -> Floats:
-    """Return the score from 0 to 1 of each row of features."""
+    """Return the score from 0 to 1 of each row of features; 0 where the pictures have too little in common."""
     trees = _trees()
     score = np.empty(len(found), np.float32)
     _climb(found, trees["feature"], trees["limit"], trees["left"], trees["right"], trees["roots"], score)
-    return score
+    return np.where(found[:, FEATURES.index("inside")] < _OVERLAP, np.float32(0), score)
 
 
 @cache
@@ -253,10 +255,13 @@ def _laid(needle, hay, affine):  # type: ignore[no-untyped-def]
     height = max(8, min(_HALF, round(abs(affine[1]) * _HALF)))
     width = max(8, min(_HALF, round(abs(affine[5]) * _HALF)))
     pattern, ground = _resized(_resized(needle, _HALF, _HALF), height, width), _resized(hay, _HALF, _HALF)
-    near = affine.copy()
+    start, near = affine.copy(), affine.copy()
     _refine(pattern, ground, near, _STEPS, _ROBUST)
     _refine(pattern, ground, affine, _STEPS, _LEAST_SQUARES)
     _refine(pattern, ground, affine, _LAST_STEPS, _ROBUST)
+    for moved in (near, affine):  # far from where the search led there is another picture, or an upside-down one
+        if np.abs(moved - start).max() > _FAR:
+            moved[:] = start
     laid, inside = np.empty_like(pattern), np.empty(pattern.shape, np.bool_)
     fine = _fine(pattern)
     _warp(ground, affine, laid, inside)
