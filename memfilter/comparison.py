@@ -52,14 +52,14 @@ FEATURES = (
     "correlation",  # of the levels, of their fine structure and of that between 3 and 13 pixels
     "fine",
     "middle",
-    "log_gain",  # of the line that takes the one's levels to the other's
+    "log_gain",  # absolute, of the line that takes the one's levels to the other's
     "brighter",  # difference of the mean levels
-    "colour_one",  # deviation of the colours, from grey and from their mean
-    "colour_other",
+    "colour_less",  # deviation of the colours, from grey and from their mean
+    "colour_more",
     "colour_correlation",
     "colour_shift",  # distance between the mean colours
-    "flat_one",  # share of pixels with hardly any slope
-    "flat_other",
+    "flat_less",  # share of pixels with hardly any slope
+    "flat_more",
     "difference",  # mean difference of levels, and after the line was laid through them
     "fitted",
     "unexplained",  # mean difference of levels beyond what a shift by one pixel explains
@@ -83,10 +83,10 @@ FEATURES = (
     "median",  # quantiles of their correlations
     "quarter",
     "tenth",
-    "deviation_one",  # of levels, and of fine structure
-    "deviation_other",
-    "fine_one",
-    "fine_other",
+    "deviation_less",  # of levels, and of fine structure
+    "deviation_more",
+    "fine_less",
+    "fine_more",
     "grain",  # as fine, disagreement, worst, tenth and worst_both, of fine structure without that of lines and columns:
     "grain_disagreement",  # two tables have their rules in common, two pages their lines
     "grain_worst",
@@ -95,9 +95,11 @@ FEATURES = (
     "flat_recoloured",  # share of the pixels with hardly any slope in either whose colours are 20 levels apart
     "colour_unexplained",  # mean distance of colours beyond what a shift by one pixel explains, and the largest of a
     "cell_colour_unexplained",  # cell
-    "ground_one",  # share of the pixels of one level, the most frequent one: drawings have a ground, photos hardly
-    "ground_other",
+    "ground_less",  # share of the pixels of one level, the most frequent one: drawings have a ground, photos hardly
+    "ground_more",
 )
+
+_OF_EACH = tuple((i, i + 1) for i, name in enumerate(FEATURES) if name.endswith("_less"))
 
 _SIDE = 128
 _CELLS = 8
@@ -118,7 +120,7 @@ Planes = npt.NDArray[np.float32]
 @cache
 def identity() -> str:
     """What shapes a score: the trees, and how pictures are brought to them."""
-    return f"comparison-3/{xxhash.xxh3_128_hexdigest(TREES.read_bytes())}"
+    return f"comparison-4/{xxhash.xxh3_128_hexdigest(TREES.read_bytes())}"
 
 
 def planes(colour: npt.NDArray[np.uint8], found: Planes | None = None) -> Planes:
@@ -232,6 +234,9 @@ def _compare_all(pictures, a, b, maps, mirrored, turned, found):  # type: ignore
                 needle, hay, affine, found[i, 1] = upright, one, as_it_is, 0.0
         _compare(needle, hay, affine, found[i], room)
         found[i, 50], found[i, 51] = _ground(needle[0]), _ground(hay[0])
+        for less, more in _OF_EACH:  # a pair has no order
+            if found[i, less] > found[i, more]:
+                found[i, less], found[i, more] = found[i, more], found[i, less]
 
 
 @_compiled
@@ -457,7 +462,7 @@ def _as_a_whole(sums, n, found):  # type: ignore[no-untyped-def]
     found[4] = _alike(aa, bb, ab, _FLOOR)
     found[5] = _alike(s[_FAA], s[_FBB], s[_FAB], 2.0)
     found[6] = _alike(s[_MAA], s[_MBB], s[_MAB], 2.0)
-    found[7], found[8] = np.log(gain), abs(s[_A] - s[_B])
+    found[7], found[8] = abs(np.log(gain)), abs(s[_A] - s[_B])
     colour_a = max(s[_CAA] - s[_UA] ** 2 - s[_VA] ** 2, 0.0)
     colour_b = max(s[_CBB] - s[_UB] ** 2 - s[_VB] ** 2, 0.0)
     found[9], found[10] = np.sqrt(colour_a), np.sqrt(colour_b)
