@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .records import ACTIONS, CAPTION_METHODS, DUPLICATION, METHODS, Decisions, Groups, Samples, Scores
+from .records import ACTIONS, CAPTION_METHODS, DUPLICATION, METHODS, Decisions, Groups, Ints, Samples, Scores
 from .store import Store, read_table
 
 _LARGEST = 10
 _MANY = 3  # samples, and captions, from which on a plain picture is a placeholder
 _DOUBTED = 0.2  # share of the samples that may be dropped as copies without a doubt, byte for byte equal ones apart
-_CROWD = 50  # different files in a group, from which on it is doubted if over half of its captions differ
+_CROWD = 50  # different files with a caption in a group, above which it is doubted if over half of the captions differ
 
 
 def statistics(
@@ -63,19 +63,23 @@ def _image_groups(samples: Samples, groups: Groups, store: Store) -> dict[str, A
     """Return the figures of the groups of two or more, those of blank images and of placeholders apart.
 
     A placeholder is one plain picture (lettering on one ground, and the like) that is there three times or more under
-    as many captions.  A group of over 50 files, not blank, with captions of which over half differ is doubtful.
+    as many captions.  A group that is not blank is doubtful if over 50 files with a caption are in it, byte for byte
+    equal ones apart, and over half of their captions differ.
     """
     rows = np.flatnonzero(groups.image_count > 1)
     heads, place, members = np.unique(groups.image_group[rows], return_inverse=True, return_counts=True)
-    pairs = np.unique(np.stack([place, groups.caption_group[rows]]), axis=1)
-    captions = np.bincount(pairs[0], minlength=len(heads))
+    captions = _different(place, groups.caption_group[rows], len(heads))
     is_blank = samples.table["blank"].fill_null(False).to_numpy()[heads]
     is_plain = samples.table["look"].is_valid().to_numpy()[heads]
     is_placeholder = is_plain & ~is_blank & (members >= _MANY) & (captions >= _MANY)
     kind = np.select([is_blank, is_placeholder], ["blank", "placeholder"], "picture")
     largest = np.lexsort((heads, -members))[:_LARGEST].tolist()
-    crowded = np.bincount(place[groups.method[rows] != 0], minlength=len(heads)) > _CROWD
-    crowds = np.flatnonzero(crowded & ~is_blank & (2 * captions > members))
+    # a sample without a caption is a caption group of its own, and tells nothing
+    is_captioned = samples.table["fingerprint"].is_valid().to_numpy()[rows]
+    captioned = np.bincount(place[is_captioned], minlength=len(heads))
+    different = _different(place[is_captioned], groups.caption_group[rows][is_captioned], len(heads))
+    crowded = np.bincount(place[is_captioned & (groups.method[rows] != 0)], minlength=len(heads)) > _CROWD
+    crowds = np.flatnonzero(crowded & ~is_blank & (2 * different > captioned))
     of_pictures = np.bincount(groups.method[rows][kind[place] == "picture"] + 1, minlength=len(METHODS) + 1)
     return {
         "image_groups": int((kind == "picture").sum()),
@@ -93,10 +97,16 @@ def _image_groups(samples: Samples, groups: Groups, store: Store) -> dict[str, A
             for i in largest
         ],
         "doubtful_groups": [
-            {**_keeper(samples, int(heads[i]), store), "count": int(members[i]), "captions": int(captions[i])}
-            for i in crowds[np.argsort(-members[crowds], kind="stable")][:_LARGEST].tolist()
+            {**_keeper(samples, int(heads[i]), store), "count": int(captioned[i]), "captions": int(different[i])}
+            for i in crowds[np.argsort(-captioned[crowds], kind="stable")][:_LARGEST].tolist()
         ],
     }
+
+
+def _different(place: Ints, caption: Ints, n: int) -> Ints:
+    """Return how many different captions there are in each of n places."""
+    found: Ints = np.bincount(np.unique(np.stack([place, caption]), axis=1)[0], minlength=n)
+    return found
 
 
 def _keeper(samples: Samples, row: int, store: Store) -> dict[str, str]:

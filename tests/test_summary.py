@@ -140,6 +140,17 @@ def test_a_large_group_of_many_captions_is_doubted(captions: int, doubted: bool,
     assert found == [f"look      52 samples joined 0.tar {keeper} with 30 different captions"][: int(doubted)]
 
 
+@pytest.mark.parametrize("captions", [0, 1])
+def test_a_large_group_without_captions_is_not_doubted(captions: int, tmp_path: Path) -> None:
+    members = [sample(f"{i:03}", encoded(picture(1), quality=40 + i), "a" if i < captions else None) for i in range(52)]
+    members += [sample(f"other{i:03}", encoded(picture(2 + i)), None) for i in range(210)]
+    write_tar(tmp_path / "data" / "0.tar", [member for each in members for member in each])
+    info = memfilter.run([str(tmp_path / "data")], tmp_path / "out", workers=1).info
+    assert info["found"]["largest_groups"][0]["count"] == 52
+    assert info["found"]["doubtful_groups"] == []
+    assert not [line for line in lines(info, "out") if line.startswith("look ")]
+
+
 def test_without_copies_there_is_no_largest_group(tmp_path: Path) -> None:
     write_tar(tmp_path / "data" / "0.tar", sample("a", encoded(picture(1))) + sample("b", None))
     info = memfilter.run([str(tmp_path / "data")], tmp_path / "out", workers=1).info
