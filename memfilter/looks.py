@@ -1,9 +1,9 @@
-"""Groups of blank images, which are compared by their looks: mean grey levels of 8 x 8 cells.
+"""Groups of blank images, which are compared by their looks: grey levels of 8 x 8 cells, and the mean colour.
 
-A look is the grey levels of its cells and two of its colour.  Two are alike where none differs by more than some
-levels.  Then neither does the darkest nor the lightest
-cell of any square of cells, so a tree that splits the looks by such values, and by single cells, finds what may be
-alike among hundreds of thousands that are not.
+A look is 66 numbers: the mean grey level of each cell, and the mean blue and red difference of the image.  Two looks
+are alike where no number differs by more than some levels.  Then the darkest and the lightest cell of any square of
+cells differ by no more either.  A tree splits the looks by single numbers and by such values, and so finds what may be
+alike among hundreds of thousands of looks that are not.
 """
 
 from __future__ import annotations
