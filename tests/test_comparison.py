@@ -102,7 +102,7 @@ def photos(shared_data: Path) -> list[Image.Image]:
 
 
 EDITS = {"recoloured": 0.65, "mirrored": 0.6, "brighter": 0.85, "grey": 0.85, "cropped": 0.85, "border": 0.85}
-"""Least share that is found: in other colours or in the mirror, a photo of something on plain ground may be a drawing."""
+"""Least share that is found: recoloured or mirrored, a photo of something on plain ground may be a drawing."""
 
 
 @pytest.mark.parametrize("edit", EDITS)

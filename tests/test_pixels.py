@@ -578,9 +578,9 @@ def tar_of(path: Path, files: list[bytes]) -> Path:
     return write_tar(path, members)
 
 
-def run(shard: Path, out: Path, **images: Any) -> list[dict[str, Any]]:
+def run(shard: Path, out: Path, update: bool = False, **images: Any) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = (
-        memfilter.run([str(shard)], out, Config.parse({"images": images}), 1).table().to_pylist()
+        memfilter.run([str(shard)], out, Config.parse({"images": images}), 1, update=update).table().to_pylist()
     )
     return found
 
@@ -624,7 +624,7 @@ def test_another_ground_signs_again_and_is_refused_without_the_pixels(tmp_path: 
     assert memfilter.rethreshold(tmp_path / "out", path, 1).counts["keep"] == 3
     (signatures,) = (tmp_path / "out").glob("**/signatures/*.parquet")
     before = pq.read_table(signatures, columns=["picture"]).column(0).to_pylist()
-    assert actions(run(shard, tmp_path / "out", encoder=None, ground="#808080")) == ["keep"] * 3
+    assert actions(run(shard, tmp_path / "out", True, encoder=None, ground="#808080")) == ["keep"] * 3
     after = pq.read_table(signatures, columns=["picture"]).column(0).to_pylist()
     assert all(one != other for one, other in zip(before, after, strict=True))
 
