@@ -106,6 +106,7 @@ _CELLS = 8
 _HALF, _STEPS, _LAST_STEPS = 64, 4, 2  # side and steps at which the map is refined
 _LEAST_SQUARES = 20.0  # width of trust that leaves no pixel out
 _OVERLAP = 0.6  # share of the smaller picture on the larger one under which none is a copy: two flags share a stripe
+_LEAST_DEVIATION = 2.0  # levels of luma or colour under which a picture shows nothing at this size
 _FAR = 0.25  # change of the map beyond which it is not trusted
 _WELL = 0.8  # correlation of fine structure at which nothing else is tried
 _SYMMETRIC = 0.02  # of this correlation, that a mirror image must have more
@@ -187,11 +188,16 @@ def compared(pictures: Planes) -> Floats:
 
 
 def scores(found: Floats) -> Floats:
-    """Return the score from 0 to 1 of each row of features; 0 where the pictures have too little in common."""
+    """Return the score from 0 to 1 of each row of features.
+
+    It is 0 where the pictures have too little in common, or show too little to be compared.
+    """
     trees = _trees()
     score = np.empty(len(found), np.float32)
     _climb(found, trees["feature"], trees["limit"], trees["left"], trees["right"], trees["roots"], score)
-    return np.where(found[:, FEATURES.index("inside")] < _OVERLAP, np.float32(0), score)
+    apart = found[:, FEATURES.index("inside")] < _OVERLAP
+    varies = found[:, [FEATURES.index("deviation_more"), FEATURES.index("colour_more")]].max(1) >= _LEAST_DEVIATION
+    return np.where(apart | ~varies, np.float32(0), score)
 
 
 @cache

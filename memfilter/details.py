@@ -48,7 +48,7 @@ def content(picture: Pixels) -> Box | None:
     A border is lines of one colour, up to 16 levels, from the outside in, on one side or on opposite ones.  Where there
     was one on all four sides, another is looked for inside it.  Bands with nothing inside are no border but a flag.
     """
-    if _is_one_colour(picture):
+    if is_one_colour(picture):
         return None
     box, inner = WHOLE, WHOLE
     for _ in range(_FRAMES):
@@ -57,7 +57,7 @@ def content(picture: Pixels) -> Box | None:
         # the next line is mixed of the border's colour and of what comes behind it
         within = cut[0] + 1, cut[1] - 1, cut[2] + 1, cut[3] - 1
         left = picture[within[0] : within[1], within[2] : within[3]]
-        if not any(border) or not left.size or _is_one_colour(left):
+        if not any(border) or not left.size or is_one_colour(left):
             break
         box, inner = cut, within
         if not all(border):
@@ -90,8 +90,9 @@ def _colour(pixels: Pixels) -> npt.NDArray[np.int16]:
     return middle
 
 
-def _is_one_colour(picture: Pixels) -> bool:
-    return bool(np.abs(picture.astype(np.int16) - _colour(picture.reshape(-1, 3))).max() <= _ALIKE)
+def is_one_colour(picture: Pixels) -> bool:
+    """Tell whether no two pixels of a picture (H, W, 3) differ by more than 32 levels in a channel."""
+    return bool(np.ptp(picture.reshape(-1, 3), 0).max() <= 2 * _ALIKE)
 
 
 def _widened(box: Box) -> Box:
@@ -105,15 +106,18 @@ def _widened(box: Box) -> Box:
 
 
 def packed(picture: Pixels) -> bytes:
-    """Return a picture (H, W, 3) as a JPEG of at most 4,080 bytes, of the best of some qualities."""
+    """Return a picture (H, W, 3) as a JPEG of at most 4,080 bytes, of the best quality that fits; noise, smaller."""
     for quality in _QUALITIES:
         data: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality, "RGB", "420")
         if len(data) <= MOST_BYTES:
-            break
-    return data
+            return data
+    return packed(resized(picture, len(picture) // 2))
 
 
 def unpacked(data: bytes) -> Pixels:
-    """Return the picture (H, W, 3) that `packed` stored."""
+    """Return the picture (H, W, 3) that `packed` stored; raises ValueError for anything else."""
+    height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    if not 0 < height <= SIDE or not 0 < width <= SIDE:
+        raise ValueError(f"a picture of {width} x {height} pixels, not of {SIDE} x {SIDE}")
     picture: Pixels = simplejpeg.decode_jpeg(data)
     return picture

@@ -38,11 +38,13 @@ _ALWAYS = 0.6  # cosine of one that is aligned even where copies abound: of phot
 _NEAREST = 16  # pairs of a row that are kept of those under a cosine of 0.9
 _SURE = 0.9
 _PAIRS_A_ROW = 5  # that are aligned, of the nearest ones: about as long as signing takes
-_MOST_A_ROW = 32  # that are listed at all
+_MOST_A_ROW = 32  # that are listed at all, where there are
+_MOST_PAIRS = 20_000_000  # of them or more
 _CROWD = 1000  # rows nearer than _SURE to one row, from which on they are a hub
 _NEAR_HUB, _HUBS_A_ROW = 0.8, 3  # cosine to a hub's centre, and number of hubs, with which a row belongs to it
 _SAMPLED = 1024  # rows by which the pairs at a cosine are estimated
 _BLOCK = 1 << 14
+_PART, _PART_BLOCK = 50_000, 512  # rows of a hub that are compared with each other, so many at a time
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def _embedding_edges(samples: Samples, store: Store, encoder: Encoder, wanted: f
     own, gain = _own_similarity(encoder), _gain(encoder)
     lowest = max(min(wanted, own - _MARGIN) - gain, _LOWEST) if gain else min(wanted, own - _MARGIN)
     inputs = signatures_digest(samples.shards, store)
-    key = digest_of(["embedding-edges-4", inputs, lowest, gain, METHOD])
+    key = digest_of(["embedding-edges-5", inputs, lowest, gain, METHOD])
     new = store.edges / "embedding.parquet", store.edges / "hubs.parquet"
     path, hubs_path = (store.place(one, key) for one in new)
     work = store.edges / f"embedding-{key}"  # what a killed join left there is its own
@@ -160,7 +162,9 @@ def _embedding_edges(samples: Samples, store: Store, encoder: Encoder, wanted: f
         lowest = _affordable(embeddings, hub, lowest) if gain else lowest
         join = embedding_join(embeddings, lowest, work, hub)
         near = _nearest(join, len(rows)) if gain else np.ones(len(join.a), np.bool_)
-        table = _edges((join.a[near], join.b[near], join.distance[near]), rows)
+        a, b, distance = _nearest_in_hubs(embeddings, hub)
+        a, b = np.concatenate([join.a[near], a]), np.concatenate([join.b[near], b])
+        table = _edges((a, b, np.concatenate([join.distance[near], distance])), rows)
         about = {"rows": len(rows), "pairs": len(table), "cells": join.cells, "probes": join.probes}
         note = {**about, "lowest": lowest, "hubs": len(np.unique(members[1])), "recall": asdict(join.recall)}
         order = np.lexsort((members[1], rows[members[0]]))
@@ -233,7 +237,7 @@ def _affordable(embeddings: npt.NDArray[np.float16], hub: Ints, lowest: float) -
     nearest = np.minimum(np.maximum(above, 0), _NEAREST).mean(0) / 2 if len(chosen) else np.zeros(len(steps))
     listed = np.maximum(above, 0).mean(0) / 2 if len(chosen) else np.zeros(len(steps))
     wanted = min(_first(steps, nearest <= _PAIRS_A_ROW), _ALWAYS)
-    return max(wanted, _first(steps, listed <= _MOST_A_ROW), lowest)
+    return max(wanted, _first(steps, listed <= max(_MOST_A_ROW, _MOST_PAIRS / max(n, 1))), lowest)
 
 
 def _first(steps: npt.NDArray[np.float64], enough: npt.NDArray[np.bool_]) -> float:
@@ -250,6 +254,34 @@ def _nearest(join: Join, n: int) -> npt.NDArray[np.bool_]:
     begin = np.searchsorted(row[order], np.arange(n))
     kept[pair[order][np.arange(len(order)) - begin[row[order]] < _NEAREST]] = True
     return kept
+
+
+def _nearest_in_hubs(embeddings: npt.NDArray[np.float16], hub: Ints) -> tuple[Indices, Indices, Floats]:
+    """Return pairs, and their distances, of each hub's member with its nearest ones in there.
+
+    Of what only looks alike to the encoder, copies are nearer than the rest.  A hub of more than 50,000 rows is
+    searched in parts of so many.
+    """
+    found: list[tuple[Ints, Ints, Floats]] = []
+    with threadpool_limits(1, "blas"):  # sums in one order
+        for number in range(hub.max(initial=-1) + 1):
+            members = np.flatnonzero(hub == number)
+            for part in (members[start : start + _PART] for start in range(0, len(members), _PART)):
+                own = embeddings[part].astype(np.float32)
+                count = min(_NEAREST, len(part) - 1)
+                for start in range(0, len(part), _PART_BLOCK) if count else ():
+                    distance = 1 - own[start : start + _PART_BLOCK] @ own.T
+                    place = np.arange(len(distance))
+                    distance[place, start + place] = np.inf
+                    near = np.argpartition(distance, count - 1, axis=1)[:, :count]
+                    a, b = np.repeat(part[start + place], count), part[near.ravel()]
+                    apart = np.take_along_axis(distance, near, 1).ravel()
+                    found.append((np.minimum(a, b), np.maximum(a, b), apart))
+    if not found:
+        return np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32)
+    a, b, distance = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    _, first = np.unique(a * len(hub) + b, return_index=True)
+    return a[first], b[first], distance[first]
 
 
 def _gather(samples: Samples, store: Store, name: str, rows: Ints, put: Callable[[Ints, pa.Array], object]) -> None:

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from .compiled import compiled
 from .config import JSON, Config, digest_of
 from .edges import Candidates, hashed, hashes_of, signatures_digest, words
-from .errors import InputError
+from .errors import InputError, RunError
 from .judge import Judge
 from .keeping import rank_samples
 from .looks import DISTANT, join_looks, most_levels
@@ -142,6 +142,7 @@ def _image_groups(
     flat = np.flatnonzero(samples.flags("blank")[best])
     inputs = signatures_digest(samples.shards, store)
     asked = candidates.rows(samples)
+    asked[best[content[np.flatnonzero(asked & (content >= 0))]]] = True  # a content is compared by its best-ranked row
     with Judge(samples, store, config, inputs, np.flatnonzero(asked)) as judge:
 
         def bits(a: Ints, b: Ints) -> npt.NDArray[np.uint64]:
@@ -152,6 +153,7 @@ def _image_groups(
             a, b = best[c], best[k]
             return judge.accepts(a, b, bits(a, b) <= config.images.hash_radius)
 
+        _check(candidates, content, store)
         joined = visit(_neighbours(samples, rows, content, best, candidates), accepts)
         joined[flat] = flat[join_looks(_looks(samples, best[flat]), most_levels(config.images.match_threshold))]
         judge.finish()
@@ -194,6 +196,7 @@ class Neighbours:
     hubs: Ints
     member_ends: Ints
     members: Ints
+    hash_hubs: int  # the hubs before this one are of equal hashes
 
 
 def _neighbours(samples: Samples, rows: Ints, content: Ints, best: Ints, candidates: Candidates) -> Neighbours:
@@ -218,7 +221,21 @@ def _neighbours(samples: Samples, rows: Ints, content: Ints, best: Ints, candida
     hub_ends, hubs = _lists(np.concatenate([content_of, member]), np.concatenate([looked_in[1][at], hub]), n)
     total = int(max(hub.max(initial=-1) + 1, count))
     member_ends, members = _lists(np.concatenate([hash_of[best[own]], hub]), np.concatenate([own, member]), total)
-    return Neighbours(ends, near, hub_ends, hubs, member_ends, members)
+    return Neighbours(ends, near, hub_ends, hubs, member_ends, members, count)
+
+
+def _check(candidates: Candidates, content: Ints, store: Store) -> None:
+    """Raise RunError where stored candidates name rows that are none, or hubs without number."""
+    named = [table[name] for table in (candidates.pairs, candidates.hashes) for name in ("a", "b")]
+    for column in (*named, candidates.hubs["row"]):
+        rows = column.to_numpy()
+        if len(rows) and not (0 <= rows.min() <= rows.max() < len(content) and content[rows].min() >= 0):
+            raise RunError(
+                f"{store.edges}: damaged, it names samples that are none; remove it and run the command again"
+            )
+    hubs = candidates.hubs["hub"].to_numpy()
+    if len(hubs) and not 0 <= hubs.min() <= hubs.max() < len(content):
+        raise RunError(f"{store.edges}: damaged, a hub has no number; remove it and run the command again")
 
 
 def _lists(of: Ints, other: Ints, n: int) -> tuple[Ints, Ints]:
@@ -234,49 +251,56 @@ def visit(neighbours: Neighbours, accepts: Callable[[Ints, Ints], npt.NDArray[np
     """Return of each content its keeper's, when these, in the order of their rank, are visited one by one.
 
     `accepts` tells of pairs (content, keeper) whether they are copies.  It is asked about the best-ranked keeper first,
-    and about no other once that one is joined.  Of the keepers that a content meets in hubs alone 32 are tried: in a
-    crowd of pictures that only look alike to hash and encoder, no more.
+    and about no other once that one is joined.  Of the keepers that a content meets in hubs alone it tries 32 that the
+    encoder takes for like ones, and 256 of the same hash: in a crowd of pictures that only look alike, no more.
     """
     ends, member_ends, members = neighbours.ends, neighbours.member_ends, neighbours.members
     n = len(ends) - 1
-    joined, tried, fails = np.full(n, -1), np.full(n, -1), np.zeros(n, np.int64)
+    joined, tried, fails = np.full(n, -1), np.full(n, -1), np.zeros((n, 3), np.int64)
     undecided, at = np.arange(n), ends[:-1].copy()
-    steps = n + len(neighbours.near) + len(neighbours.hubs)
+    steps = n + len(neighbours.near) + len(neighbours.hubs) + len(members)
     step, shorten = compiled(_step, steps), compiled(_shortened, steps)
     while len(undecided):
-        asked, keepers = step(
+        asked, keepers, met_in = step(
             undecided, joined, tried, fails, at, ends, neighbours.near, neighbours.hub_ends, neighbours.hubs,
-            member_ends, members, _TRIED,
+            member_ends, members, neighbours.hash_hubs, _TRIED,
         )  # fmt: skip
         if len(asked):
             good = accepts(asked, keepers)
             joined[asked[good]] = keepers[good]
             tried[asked[~good]] = keepers[~good]
-            fails[asked[~good]] += 1
+            fails[asked[~good], met_in[~good]] += 1
         undecided = undecided[joined[undecided] < 0]
         member_ends, members = shorten(joined, member_ends, members)
     return joined
 
 
-_TRIED = 32
+_TRIED = (0, 256, 32)  # in no hub, in one of a hash, and in one of the encoder's: the first is not counted
 
 
 def _step(
     undecided: Ints, joined: Ints, tried: Ints, fails: Ints, at: Ints, ends: Ints, near: Ints, hub_ends: Ints,
-    hubs: Ints, member_ends: Ints, members: Ints, most: int,
-) -> tuple[Ints, Ints]:  # fmt: skip
-    """Make keepers of the contents that have no candidate left; return which have a keeper for the next one, and it."""
+    hubs: Ints, member_ends: Ints, members: Ints, hash_hubs: int, most: tuple[int, int, int],
+) -> tuple[Ints, Ints, Ints]:  # fmt: skip
+    """Make keepers of the contents that have no candidate left.
+
+    Return which have a keeper for the next one, that keeper, and where they meet it: in no hub, in one of a hash or in
+    one of the encoder's.
+    """
     asked, keepers = np.empty(len(undecided), np.int64), np.empty(len(undecided), np.int64)
-    count = 0
+    met_in, count = np.empty(len(undecided), np.int64), 0
     for c in undecided:
-        best = c
+        best, where = c, 0
         p = at[c]
         while p < ends[c + 1] and (near[p] <= tried[c] or (joined[near[p]] >= 0 and joined[near[p]] != near[p])):
             p += 1
         at[c] = p
         if p < ends[c + 1]:
             best = near[p]
-        for h in hubs[hub_ends[c] : hub_ends[c + 1]] if fails[c] < most else hubs[:0]:
+        for h in hubs[hub_ends[c] : hub_ends[c + 1]]:
+            kind = 1 if h < hash_hubs else 2
+            if fails[c, kind] >= most[kind]:
+                continue
             low, high = member_ends[h], member_ends[h + 1]
             while low < high:  # the first member behind the one that was tried last
                 middle = (low + high) // 2
@@ -287,13 +311,13 @@ def _step(
             while low < member_ends[h + 1] and joined[members[low]] >= 0 and joined[members[low]] != members[low]:
                 low += 1
             if low < member_ends[h + 1] and members[low] < best:
-                best = members[low]
+                best, where = members[low], kind
         if best == c:
             joined[c] = c
         elif joined[best] == best:
-            asked[count], keepers[count] = c, best
+            asked[count], keepers[count], met_in[count] = c, best, where
             count += 1
-    return asked[:count], keepers[:count]
+    return asked[:count], keepers[:count], met_in[:count]
 
 
 def _shortened(joined: Ints, ends: Ints, members: Ints) -> tuple[Ints, Ints]:

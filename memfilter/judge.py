@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,10 @@ from .alignment import METHOD, align
 from .config import Config, digest_of
 from .edges import similarity
 from .encoders import image_encoder
+from .errors import RunError
 from .records import JUDGED, Floats, Ints, Samples, voids
-from .store import Store, done, read_table, replacing, write_table
+from .signatures import codecs, instruction_set
+from .store import Store, done, read_table, write_table
 
 _CHUNK = 64  # pairs whose pictures are held by a thread, at 196 kB each
 _KEPT_AFTER = 60.0  # seconds of work that a kill may cost
@@ -31,7 +34,8 @@ _KEPT_AFTER = 60.0  # seconds of work that a kill may cost
 class Judge:
     """Scores of pairs of samples, from the pictures and embeddings that the signatures store.
 
-    `rows` are those that may be asked about.  Use it as a context: it opens a file of their pictures, and removes it.
+    `rows` are those that may be asked about.  Use it as a context: it writes files of their pictures and embeddings,
+    and removes them.
     """
 
     def __init__(self, samples: Samples, store: Store, config: Config, inputs: str, rows: Ints) -> None:
@@ -41,7 +45,8 @@ class Judge:
         self.gain = getattr(encoder, "gain", 0.0)
         self.similarity = similarity(config)
         self.threshold = config.images.match_threshold
-        self.key = digest_of(["scores-1", inputs, comparison.identity(), METHOD])
+        by = {**codecs(), "simplejpeg": version("simplejpeg"), "numba": version("numba"), "cpu": instruction_set()}
+        self.key = digest_of(["scores-2", inputs, comparison.identity(), METHOD, by])
         self._asked: list[pa.Table] = []
         self._written = time.monotonic()
 
@@ -53,7 +58,7 @@ class Judge:
         self._place[self.rows] = np.arange(len(self.rows))
         self._digest = np.unique(voids(self.samples.table["digest"]), return_inverse=True)[1]
         if len(self.rows):
-            self._shown = _gather(self.samples, self.store, self.rows, self._pictures, self.dim)
+            self._shown = _Shown(self.samples, self.store, self.rows, bool(self.dim))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(cores)
         self._bar = tqdm(desc="comparison", unit="pair", disable=None)
@@ -62,8 +67,8 @@ class Judge:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._bar.close()
-        self._shown = None  # the file is mapped
-        self._pictures.unlink(missing_ok=True)
+        if len(self.rows):
+            self._shown.remove()
 
     def accepts(self, a: Ints, b: Ints, by_hash: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Whether these pairs of rows are copies; pairs that are no neighbours by hash also need the embedding's word.
@@ -126,10 +131,9 @@ class Judge:
         """Return evidence of each pair, and score where it is worth the comparison, else NaN."""
         rows, place = np.unique(np.stack([a, b]), return_inverse=True)
         one, other = place.reshape(2, -1)
-        at = self._place[rows]
         shown = np.empty((len(rows), *comparison.SHAPE), np.float32)
-        for picture, place_of_it in zip(self._shown["picture"].take(at), shown, strict=True):
-            comparison.planes(details.unpacked(picture.as_py()), place_of_it)
+        for at, planes in zip(self._place[rows], shown, strict=True):
+            comparison.planes(self._shown.picture(at), planes)
         aligned = align(comparison.thumbnails(shown), one, other)
         score = np.full(len(a), np.nan, np.float32)
         wanted = np.flatnonzero(by_hash | self._supported(cosine, aligned.evidence))
@@ -139,9 +143,7 @@ class Judge:
         return aligned.evidence, score
 
     def _embedding(self, rows: Ints) -> npt.NDArray[np.float64]:
-        column = self._shown["embedding"].take(pa.array(self._place[rows])).combine_chunks()
-        flat: npt.NDArray[np.float64] = column.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
-        return flat.reshape(len(rows), -1)
+        return self._shown.embeddings[self._place[rows]].astype(np.float64)
 
     # -- what is known --
 
@@ -168,10 +170,6 @@ class Judge:
     def _unfinished(self) -> Path:
         return self.store.edges / "scores-unfinished.parquet"
 
-    @property
-    def _pictures(self) -> Path:
-        return self.store.edges / "pictures.arrow"
-
 
 def _sorted(tables: list[pa.Table]) -> pa.Table:
     """Return judged pairs in the order of their rows, each once: with a score where one has it."""
@@ -183,19 +181,46 @@ def _sorted(tables: list[pa.Table]) -> pa.Table:
     return table.take(pa.array(order[first]))
 
 
-def _gather(samples: Samples, store: Store, rows: Ints, path: Path, dim: int) -> pa.Table:
-    """Write pictures and embeddings of these rows, sorted, to a file, and return it mapped: it takes no memory."""
-    columns = ["picture", *(["embedding"] if dim else [])]
-    with replacing(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
-        writer: pa.ipc.RecordBatchFileWriter | None = None
-        for shard, first, end in zip(samples.shards, samples.first, samples.first[1:], strict=False):
-            start, stop = np.searchsorted(rows, [first, end])
-            if stop == start and writer is not None:
-                continue
-            part = read_table(store.signatures(shard.name), columns).take(pa.array(rows[start:stop] - first))
-            part = part.combine_chunks()
-            writer = writer or pa.ipc.new_file(file, part.schema.remove_metadata())
-            writer.write_table(part.replace_schema_metadata(None))
-        assert writer
-        writer.close()
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+class _Shown:
+    """Pictures and embeddings of some rows, sorted, in two files that are mapped: they take 8 bytes a row."""
+
+    def __init__(self, samples: Samples, store: Store, rows: Ints, has_embeddings: bool) -> None:
+        self._store, self._paths = store, (store.edges / "pictures.bin", store.edges / "embeddings.bin")
+        ends, columns = [np.zeros(1, np.int64)], ["picture", *(["embedding"] if has_embeddings else [])]
+        store.edges.mkdir(parents=True, exist_ok=True)
+        with open(self._paths[0], "wb") as pictures, open(self._paths[1], "wb") as embeddings:
+            for shard, first, end in zip(samples.shards, samples.first, samples.first[1:], strict=False):
+                start, stop = np.searchsorted(rows, [first, end])
+                if stop > start:
+                    part = read_table(store.signatures(shard.name), columns).take(pa.array(rows[start:stop] - first))
+                    found = part["picture"].fill_null(b"").to_pylist()
+                    pictures.write(b"".join(found))
+                    ends.append(ends[-1][-1] + np.cumsum([len(picture) for picture in found]))
+                if stop > start and has_embeddings:
+                    dim = part["embedding"].type.list_size
+                    flat = part["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+                    if len(flat) != (stop - start) * dim:
+                        raise RunError(
+                            f"{store.signatures(shard.name)}: damaged, embeddings are missing; read the input again"
+                        )
+                    embeddings.write(flat.astype(np.float16).tobytes())
+        self._ends = np.concatenate(ends)
+        self._pictures = np.memmap(self._paths[0], np.uint8, "r") if self._ends[-1] else np.empty(0, np.uint8)
+        self.embeddings: npt.NDArray[np.float16] = np.empty((0, 0), np.float16)
+        if has_embeddings:
+            self.embeddings = np.memmap(self._paths[1], np.float16, "r", shape=(len(rows), dim))
+
+    def picture(self, at: int) -> details.Pixels:
+        """Return the picture at this place; raises RunError where it is damaged."""
+        try:
+            return details.unpacked(self._pictures[self._ends[at] : self._ends[at + 1]].tobytes())
+        except ValueError as e:
+            raise RunError(
+                f"{self._store.path}: a stored picture is damaged ({e}); read the input again, into another --out"
+            ) from e
+
+    def remove(self) -> None:
+        """Remove the files."""
+        del self._pictures, self.embeddings
+        for path in self._paths:
+            path.unlink(missing_ok=True)

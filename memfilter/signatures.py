@@ -395,13 +395,16 @@ class Signer:
         assert decoded.colour is not None
         small, colour = images.thumbnail(decoded.pixels), details.resized(decoded.colour, details.SIDE)
         box = details.content(colour)
+        # what averages to one colour at that size, such as a sky of stars, is not blank
+        is_blank = box is None and details.is_one_colour(decoded.colour)
+        box = box if box or is_blank else details.WHOLE
         part = None if box == details.WHOLE else box  # without a border nothing is done twice
         row = {
             "digest": hashlib.sha256(data).digest()[:16],
             "width": decoded.width,
             "height": decoded.height,
             "bytes": len(data),
-            "blank": box is None,
+            "blank": is_blank,
             "small": small,
             "colour": colour,
             "picture": details.packed(details.resized(decoded.colour, details.SIDE, part) if part else colour),

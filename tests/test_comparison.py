@@ -243,3 +243,14 @@ def test_a_run_tells_what_it_compared_and_decides_again_without_the_pictures(tmp
     (tmp_path / "strict.yaml").write_text("images: {match_threshold: 0.999999}\noutput: {shards: false}")
     again = memfilter.rethreshold(tmp_path / "out", tmp_path / "strict.yaml").table().to_pylist()
     assert [row["action"] for row in again] == ["keep"] * 6
+
+
+def test_pictures_that_pdq_does_not_hash_are_compared_by_their_best_copy(tmp_path: Path) -> None:
+    ramp = np.linspace(60, 200, 400, dtype=np.uint8)[None, :, None].repeat(300, 0).repeat(3, 2)
+    image, members = Image.fromarray(ramp), []
+    for i, quality in enumerate((60, 95, 60, 95, 95)):
+        members += sample(f"{i}", encoded(image, quality=quality), f"a ramp, number {i}")
+    write_tar(tmp_path / "in" / "0.tar", members)
+    run = memfilter.run([str(tmp_path / "in")], tmp_path / "out", Config.parse({"images": {"hash": "pdq"}}), 1)
+    assert run.counts["read"] == 5
+    assert run.counts["keep"] <= 2

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-from conftest import picture
+import simplejpeg
+from conftest import encoded, picture, sample, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+import memfilter
+from memfilter import Config
 from memfilter.details import MOST_BYTES, SIDE, WHOLE, content, packed, resized, unpacked
 
 
@@ -73,6 +78,37 @@ def test_a_box_lies_inside_and_has_a_least_side(rectangles: list[tuple[int, ...]
         assert 0 <= top < bottom <= SIDE
         assert 0 <= left < right <= SIDE
         assert min(bottom - top, right - left) >= 16
+
+
+@pytest.mark.parametrize("encoder", [None, "builtin"])
+def test_what_averages_to_one_colour_is_not_blank(encoder: str | None, tmp_path: Path) -> None:
+    members = []
+    for seed in range(2):
+        pixels = np.full((1200, 1800), 8, np.uint8)
+        for y, x in np.random.default_rng(seed).integers(0, (1196, 1796), (60, 2)).tolist():
+            pixels[y : y + 3, x : x + 3] = 250
+        members += sample(f"stars{seed}", encoded(Image.fromarray(pixels), quality=95), f"sky {seed}")
+    members += sample("night", encoded(Image.new("L", (600, 900), 8)), "no star")
+    write_tar(tmp_path / "in" / "0.tar", members)
+    run = memfilter.run([str(tmp_path / "in")], tmp_path / "out", Config.parse({"images": {"encoder": encoder}}), 1)
+    assert run.counts["keep"] == 3
+    assert run.info["found"]["blank"] == 1
+
+
+@pytest.mark.parametrize("size", [(128, 128), (1, 1), (2, 900)])
+def test_black_and_white_noise_fits_too(size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 2, (*size, 3), np.uint8) * 255
+    assert len(packed(resized(noise, SIDE))) <= MOST_BYTES
+
+
+@pytest.mark.parametrize("side", [129, 5000])
+def test_a_stored_picture_of_another_size_is_refused(side: int) -> None:
+    data = simplejpeg.encode_jpeg(np.zeros((side, side, 3), np.uint8), 5)
+    with pytest.raises(ValueError, match=rf"{side} x {side} pixels, not of 128 x 128"):
+        unpacked(data)
+    for damaged in (b"", data[:40], b"\xff\xd8 no picture"):
+        with pytest.raises(ValueError, match=r"\S"):
+            unpacked(damaged)
 
 
 @pytest.mark.parametrize("kind", ["photo", "noise", "flat"])

@@ -415,7 +415,7 @@ def test_contents_join_the_best_keeper_that_they_have_an_edge_to(data: st.DataOb
         if hash_of[c] >= 0 and (h == hash_of[c] or (hash_of[c], h) in by_hash)
     }
     members = {(hash_of[c], c) for c in range(n) if hash_of[c] >= 0}
-    neighbours = Neighbours(*lists_of(by_content, n), *lists_of(looked_in, n), *lists_of(members, hashes))
+    neighbours = Neighbours(*lists_of(by_content, n), *lists_of(looked_in, n), *lists_of(members, hashes), hashes)
     assert visit(neighbours, lambda c, k: np.ones(len(c), np.bool_)).tolist() == expected
 
 
@@ -659,9 +659,24 @@ def test_a_heavy_group_costs_about_one_comparison_a_copy_and_lists_no_square_of_
         judged = read_table(store.edges / "scores.parquet")
     assert (found.image_group[:-1] == 0).all()
     assert found.image_count.tolist() == [3000] * 3000 + [1]
-    assert len(candidates.pairs) + len(candidates.hashes) < 3000
+    assert len(candidates.pairs) + len(candidates.hashes) < 17 * 3000  # the nearest, and no square
     assert len(candidates.hubs) == 3000
     assert 2999 <= len(judged) < 3100
+
+
+def test_in_a_crowd_of_unlike_pictures_a_copy_is_tried_first_of_those_that_are_near_and_of_its_hash() -> None:
+    n, nothing = 400, np.empty(0, np.int64)
+    near = np.array([150])  # of the last one
+    ends, none = np.r_[np.zeros(n, np.int64), 1], np.zeros(n + 1, np.int64)
+    crowd = Neighbours(ends, near, np.arange(n + 1), np.zeros(n, np.int64), np.array([0, n]), np.arange(n), 0)
+    joined = visit(crowd, lambda c, k: (c == n - 1) & (k == 150))
+    assert joined.tolist() == [*range(n - 1), 150]
+    # without the nearest no more than 32 are tried, where the hash is equal 256
+    for hash_hubs, keeper, expected in ((0, 31, 31), (0, 150, n - 1), (1, 150, 150), (1, 300, n - 1)):
+        crowd = Neighbours(
+            none, nothing, np.arange(n + 1), np.zeros(n, np.int64), np.array([0, n]), np.arange(n), hash_hubs
+        )
+        assert visit(crowd, lambda c, k, keeper=keeper: (c == n - 1) & (k == keeper))[-1] == expected
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
