@@ -45,9 +45,12 @@ def main() -> None:
     cosine = (embeddings[:n] @ embeddings[:n].T)[np.triu_indices(n, 1)]
     likeliest = np.argsort(-cosine)[:_ALIGNED]
     a, b = (x[likeliest] for x in np.triu_indices(n, 1))
-    false = cosine[likeliest], align(thumbnails, a, b)
+    false = cosine[likeliest], align(thumbnails, a, b).evidence
     original = np.tile(np.arange(n), _EDITS)
-    true = (embeddings[original] * embeddings[n:]).sum(1), align(thumbnails, original, n + np.arange(len(original)))
+    true = (
+        (embeddings[original] * embeddings[n:]).sum(1),
+        align(thumbnails, original, n + np.arange(len(original))).evidence,
+    )
     table = []
     for gain in np.arange(0, 1.55, 0.15):
         threshold = drawn_on(false[0] + gain * false[1], len(cosine))

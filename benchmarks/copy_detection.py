@@ -117,7 +117,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         versions["fastdup"] = parts[0][2]
     theirs, _, lowest = _combined(bench.distractors, None, 0.0)
     ours, milliseconds, _ = _combined(bench.copies.images, bench.copies.originals, lowest)
-    found["memfilter"] = _sparse(bench, ours, theirs, METHODS["builtin"].default, milliseconds)
+    found["memfilter"] = _sparse(bench, ours, theirs, 0.0, milliseconds)
     n = len(bench.distractors.files)
     return {
         "photos": bench.copies.originals,

@@ -19,15 +19,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 from copy_set import ImageSet
 from PIL import Image
 from scoring import Edges, Scores
 
-from memfilter import images
+from memfilter import comparison, details, images
 from memfilter.alignment import align
 from memfilter.config import Config
-from memfilter.edges import find_edges
+from memfilter.edges import find_candidates
 from memfilter.encoders import image_encoder
 from memfilter.encoders.builtin import Builtin
 from memfilter.groups import load_samples
@@ -217,15 +216,13 @@ SPARSE = ("fastdup_own_edges", "memfilter")
 
 
 def combined(image_set: ImageSet, among: int | None, lowest: float) -> tuple[Edges, float, float]:
-    """Return the pairs that memfilter takes for copies or nearly does, milliseconds an image to sign, and `lowest`.
+    """Return the pairs that memfilter compares, milliseconds an image to sign, and `lowest`.
 
-    The score is the cosine and what the alignment adds to it, or 2 and more within the radius of the hash.  With
-    `among` pairs are sought between so many first images and the others, of a cosine of `lowest` or more; else between
-    all, as a run does, which finds the lowest cosine that is worth its while itself.
+    The score is the comparison's, as a logit: a score near 1 has no steps left.  With `among` pairs are sought between
+    so many first images and the others, of a cosine of `lowest` or more; else between all, as a run does, which finds
+    the lowest cosine that is worth its while itself.
     """
     config = Config.parse({"output": {"shards": False}})
-    encoder = image_encoder("builtin")
-    assert isinstance(encoder, Builtin)
     with tempfile.TemporaryDirectory() as work:
         store, shards = Store(Path(work)), find_shards([str(tar) for tar in image_set.tars])[0]
         started = time.process_time()
@@ -234,51 +231,67 @@ def combined(image_set: ImageSet, among: int | None, lowest: float) -> tuple[Edg
         seconds = time.process_time() - started
         samples = load_samples(shards, store)
         if among is None:
-            find_edges(samples, store, config)
-            table = read_table(store.edges / "embedding.parquet")
+            candidates = find_candidates(samples, store, config)
             lowest = read_note(store.edges / "embedding.parquet")["lowest"]
-            a, b = table["a"].to_numpy(), table["b"].to_numpy()
-            score = 1 - table["distance"].to_numpy() + encoder.gain * table["evidence"].to_numpy()
-            by_hash = read_table(store.edges / "hash.parquet").filter(pc.field("distance") <= config.images.hash_radius)
-            parts = [Edges(a, b, score), *_expanded(by_hash, samples)]
+            a, b = candidates.pairs["a"].to_numpy(), candidates.pairs["b"].to_numpy()
+            by_hash = _expanded(candidates.hashes, samples)
         else:
-            parts = _between(samples, store, among, lowest, config.images.hash_radius)
-    first, second, scores = (np.concatenate([getattr(p, name) for p in parts]) for name in ("first", "second", "score"))
-    return distinct(Edges(first, second, scores)), 1000 * seconds / len(samples), lowest
+            a, b, by_hash = _between(samples, store, among, lowest, config.images.hash_radius)
+        one, other = np.concatenate([a, by_hash[0]]), np.concatenate([b, by_hash[1]])
+        is_near = np.repeat([False, True], [len(a), len(by_hash[0])])
+        edges = Edges(one, other, _scores(samples, store, one, other, is_near))
+    return distinct(edges), 1000 * seconds / len(samples), lowest
 
 
-def _between(samples: Samples, store: Store, n: int, lowest: float, radius: int) -> list[Edges]:
-    """Return what the pairs between the first n images and the others score, by the functions that a run uses."""
-    column = {name: [] for name in ("embedding", "thumbnail")}
+def _scores(samples: Samples, store: Store, a: Any, b: Any, by_hash: Any) -> Any:
+    """Return the logit of each pair's score, -100 where cosine and evidence give no cause to compare it."""
+    column: dict[str, list[Any]] = {"picture": [], "embedding": []}
     for shard in samples.shards:
         table = read_table(store.signatures(shard.name), list(column))
         for name, parts in column.items():
             parts += table[name].to_pylist()
-    encoder = Builtin()
-    nothing = np.zeros(encoder.dim, np.float16)
-    embeddings = np.array([nothing if e is None else e for e in column["embedding"]], np.float32)
-    thumbnails = np.stack([np.frombuffer(t or bytes(1024), np.uint8).reshape(32, 32) for t in column["thumbnail"]])
+    builtin, found = Builtin(), np.full(len(a), -100, np.float32)
+    for start in range(0, len(a), 256):
+        rows, place = np.unique(np.stack([a, b])[:, start : start + 256], return_inverse=True)
+        one, other = place.reshape(2, -1)
+        shown = np.stack([comparison.planes(details.unpacked(column["picture"][row])) for row in rows])
+        embeddings = np.array([column["embedding"][row] for row in rows], np.float64)
+        aligned = align(comparison.thumbnails(shown), one, other)
+        support = (embeddings[one] * embeddings[other]).sum(1) + builtin.gain * aligned.evidence
+        wanted = np.flatnonzero((support >= builtin.similarity) | by_hash[start : start + 256])
+        if len(wanted):
+            score = comparison.scores(comparison.features(shown, one[wanted], other[wanted], aligned.of(wanted)))
+            score = np.clip(score.astype(np.float64), 1e-9, 1 - 1e-9)
+            found[start + wanted] = np.log(score / (1 - score))
+    return found
+
+
+def _between(samples: Samples, store: Store, n: int, lowest: float, radius: int) -> tuple[Any, Any, tuple[Any, Any]]:
+    """Return the pairs between the first n images and the others that an embedding finds, and those of near hashes."""
+    found: list[Any] = []
+    for shard in samples.shards:
+        found += read_table(store.signatures(shard.name), ["embedding"])["embedding"].to_pylist()
+    nothing = np.zeros(Builtin.dim, np.float16)
+    embeddings = np.array([nothing if e is None else e for e in found], np.float32)
     cosine = embeddings[:n] @ embeddings[n:].T
     cosine[:, ~samples.compared[n:]] = -1
     a, b = np.nonzero(cosine >= lowest)
-    evidence = align(thumbnails, a, b + n)
     hashes = samples.table["hash"].fill_null(0).to_numpy()
     bits = np.bitwise_count(hashes[:n, None] ^ hashes[None, n:])
     bits[:, ~samples.compared[n:]] = 64
     c, d = np.nonzero(bits <= radius)
-    by_hash = Edges(c, d + n, 2 + (64 - bits[c, d]).astype(np.float32))
-    return [Edges(a, b + n, cosine[a, b] + encoder.gain * evidence), by_hash]
+    return a, b + n, (c, d + n)
 
 
-def _expanded(by_hash: pa.Table, samples: Samples) -> list[Edges]:
+def _expanded(by_hash: pa.Table, samples: Samples) -> tuple[Any, Any]:
     """Return the pairs of images that edges between hashes stand for, those of equal hashes included."""
     hashes = samples.table["hash"].fill_null(0).to_numpy()
     members: dict[int, list[int]] = {}
     for row in np.flatnonzero(samples.compared).tolist():
         members.setdefault(int(hashes[row]), []).append(row)
-    pairs = [(i, j, 66.0) for rows in members.values() for i in rows for j in rows if i < j]
-    for a, b, distance in zip(*(by_hash[name].to_pylist() for name in ("a", "b", "distance")), strict=True):
+    pairs = [(i, j) for rows in members.values() for i in rows for j in rows if i < j]
+    for a, b in zip(*(by_hash[name].to_pylist() for name in ("a", "b")), strict=True):
         of = members[int(hashes[a])], members[int(hashes[b])]
-        pairs += [(min(i, j), max(i, j), 66 - distance) for i in of[0] for j in of[1]]
-    first, second, score = zip(*pairs, strict=True) if pairs else ((), (), ())
-    return [Edges(np.array(first, np.int64), np.array(second, np.int64), np.array(score, np.float32))]
+        pairs += [(min(i, j), max(i, j)) for i in of[0] for j in of[1]]
+    first, second = zip(*pairs, strict=True) if pairs else ((), ())
+    return np.array(first, np.int64), np.array(second, np.int64)

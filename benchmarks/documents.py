@@ -1,4 +1,4 @@
-"""Pictures that are no photos, drawn: 18 kinds in two lists, of which any two pictures are different.
+"""Pictures that are no photos, drawn: 20 kinds in two lists, of which any two pictures are different.
 
     python benchmarks/documents.py --out SHEETS
 
@@ -38,10 +38,12 @@ TUNING = {
     "bar_chart": Kind(pages.bar_chart),
     "line_chart": Kind(pages.line_chart),
     "table": Kind(pages.table),
+    "ledger": Kind(pages.ledger, 12),
     "chat": Kind(pages.chat, 8),
     "music": Kind(pages.music),
     "dialog": Kind(pages.dialog, 8, 0.1),
     "code": Kind(pages.code, 8),
+    "signal": Kind(pictures.signal, 1000),
 }
 HELD_OUT = {
     "product": Kind(pictures.product, 48),

@@ -104,6 +104,25 @@ def table(random: Random, shared: Random, place: int) -> Drawn:
     return picture, f"table of {heading.lower()}"
 
 
+def ledger(random: Random, shared: Random, place: int) -> Drawn:
+    """Draw a sheet of a series that differs in its numbers alone: ruled in both directions, in one, or not at all."""
+    rows, columns = shared.randrange(5, 16), shared.randrange(3, 9)
+    wide, high, margin = shared.choice([60, 80, 110, 150, 190]), shared.choice([20, 26, 34, 48]), shared.choice([8, 30])
+    picture, draw = canvas(columns * wide + 2 * margin, rows * high + 2 * margin)
+    face = font(shared.choice(["sans", "grotesque", "times", "mono"]), shared.choice([10, 11, 12, 13, 14]))
+    ruled, ink, digits = shared.choice(["grid", "grid", "lines", "none"]), shared.choice([INK, (110, 110, 110)]), 10**4
+    across, down = (margin, margin + columns * wide), (margin, margin + rows * high)
+    for row in range(rows + 1 if ruled != "none" else 0):
+        draw.line((across[0], margin + row * high, across[1], margin + row * high), "grey")
+    for column in range(columns + 1 if ruled == "grid" else 0):
+        draw.line((margin + column * wide, down[0], margin + column * wide, down[1]), "grey")
+    for row in range(rows):
+        for column in range(columns):
+            place_of = (margin + column * wide + 6, margin + row * high + high / 5)
+            draw.text(place_of, f"{random.randrange(digits) / 10:,.1f}", ink, face)
+    return picture, "a sheet of figures"
+
+
 def music(random: Random, shared: Random, place: int) -> Drawn:
     """Draw a sheet of music: staves with clefs, notes, beams and bars."""
     times, width = 3, random.choice([520, 600, 680])

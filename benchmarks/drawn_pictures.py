@@ -535,6 +535,41 @@ def flag(random: Random, shared: Random, place: int) -> Drawn:
     return smaller(picture, _TIMES), f"flag: {layout} of {', '.join(names)}"
 
 
+_SIGNALS: dict[str, tuple[tuple[float, float, float, float, int], ...]] = {
+    "halves": ((0, 0.5, 1, 1, 1),),
+    "sides": ((0.5, 0, 1, 1, 1),),
+    "bands": ((0, 1 / 3, 1, 2 / 3, 1), (0, 2 / 3, 1, 1, 2)),
+    "narrow bands": ((0, 0.25, 1, 0.75, 1), (0, 0.75, 1, 1, 2)),
+    "posts": ((1 / 3, 0, 2 / 3, 1, 1), (2 / 3, 0, 1, 1, 2)),
+    "frame": ((0.2, 0.2, 0.8, 0.8, 1),),
+    "checks": ((0.5, 0, 1, 0.5, 1), (0, 0.5, 0.5, 1, 1)),
+    "corner": ((0, 0, 0.5, 0.5, 1),),
+}
+"""Boxes, in shares of the sides, and which of the colours after the ground's each has."""
+
+_PAINTS: tuple[Colour, ...] = (
+    (220, 30, 40),
+    (250, 250, 250),
+    (20, 70, 170),
+    (245, 205, 30),
+    (15, 15, 15),
+    (20, 130, 80),
+)
+
+
+def signal(random: Random, shared: Random, place: int) -> Drawn:
+    """Draw a signal flag of boxes; no two of a series have both boxes and colours in common."""
+    inks = {name: 1 + max(box[4] for box in boxes) for name, boxes in _SIGNALS.items()}
+    choices = [(name, colours) for name, count in inks.items() for colours in permutations(_PAINTS, count)]
+    name, colours = shared.sample(choices, len(choices))[place]
+    height = random.choice([120, 160, 200, 240])
+    w, h = round(height * random.choice([1, 1.25, 1.5])), height
+    picture, brush = canvas(w, h, colours[0])
+    for left, top, right, bottom, of in _SIGNALS[name]:
+        brush.rectangle((left * w, top * h, right * w, bottom * h), colours[of])
+    return picture, f"signal flag: {name}"
+
+
 def _star(brush: Brush, x: float, y: float, r: float, fill: Colour) -> None:
     spikes = [(r if k % 2 == 0 else 0.4 * r, math.pi * (k / 5 - 0.5)) for k in range(10)]
     brush.polygon([(x + s * math.cos(a), y + s * math.sin(a)) for s, a in spikes], fill)

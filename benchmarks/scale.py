@@ -25,12 +25,15 @@ from memfilter import Config, manifest
 from memfilter.caption_groups import caption_keepers
 from memfilter.captions import fingerprint
 from memfilter.decisions import decide
-from memfilter.edges import find_edges
+from memfilter.edges import find_candidates
 from memfilter.groups import distinct_captions, group, load_samples
-from memfilter.records import THUMBNAIL_SIDE, Shard, signature_schema
+from memfilter.records import Shard, signature_schema
 from memfilter.store import Store, write_table
 
 T = TypeVar("T")
+
+PICTURE = 3500
+"""Bytes of a stored picture: the mean of 60 photos."""
 
 
 def main() -> None:
@@ -57,10 +60,10 @@ def main() -> None:
         parts = sum(p.stat().st_size for p in Path(folder).rglob("*.parquet"))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         samples = timed("load", lambda: load_samples(shards, store))
-        edges = timed("hash join", lambda: find_edges(samples, store, config))
+        candidates = timed("hash join", lambda: find_candidates(samples, store, config))
         captions, caption = timed("captions", lambda: distinct_captions(samples, store))
         keepers = timed("caption groups", lambda: caption_keepers(samples, captions, caption, store, config))
-        groups = timed("grouping", lambda: group(samples, edges, caption, keepers, config))
+        groups = timed("grouping", lambda: group(samples, candidates, caption, keepers, store, config))
         decisions = timed("decisions", lambda: decide(samples, groups, captions, None, None, config.policy))
         timed("manifest", lambda: manifest.write_parts(store, samples, groups, decisions, None, None, False))
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -82,8 +85,8 @@ def signatures(n: int, seed: int) -> pa.Table:
     words = np.array([f"word{i}" for i in range(5000)])
     captions = [" ".join(words[w]) for w in random.integers(0, 5000, (n, 10))]
     captions = [f"a photo of a {words[i % 50]}" if i % 5 == 0 else c for i, c in enumerate(captions)]
-    noise = random.bytes(n * (32 + THUMBNAIL_SIDE**2))
-    side = 32 + THUMBNAIL_SIDE**2
+    noise = random.bytes(n * (32 + PICTURE))
+    side = 32 + PICTURE
     columns = {
         "uid": [noise[i * side : i * side + 16] for i in range(n)],
         "index": np.arange(n, dtype=np.int32),
@@ -97,7 +100,7 @@ def signatures(n: int, seed: int) -> pa.Table:
         "bytes": random.integers(10_000, 300_000, n),
         "blank": np.zeros(n, bool),
         "look": [None] * n,
-        "thumbnail": [noise[i * side + 32 : (i + 1) * side] for i in range(n)],
+        "picture": [noise[i * side + 32 : (i + 1) * side] for i in range(n)],
         "caption": captions,
         "fingerprint": [fingerprint(c) for c in captions],
         "captions": [None] * n,

@@ -109,6 +109,7 @@ class Images(_Section):
     ground: Annotated[str, BeforeValidator(_colour)] = "#ffffff"  # behind transparent pixels; kept as '#rrggbb'
     encoder: str | None = "builtin"
     encoder_similarity: Annotated[float, Field(gt=0, le=2)] | None = None
+    match_threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5  # score of the comparison from which images are copies
     keep: Annotated[tuple[KeepKey, ...], Field(min_length=1, strict=False)] = KEEP
 
     @property

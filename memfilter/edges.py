@@ -1,16 +1,15 @@
-"""Signatures of all shards -> verified edges between images that are copies by hash, or by embedding and alignment.
+"""Signatures of all shards -> candidates: pairs of images that may be copies, by hash and by embedding.
 
-Joined once: edges are stored wider than the configuration asks for, so that another threshold needs no other join.
+Joined once: candidates are stored wider than the configuration asks for, so that another threshold needs no other join.
+Whether they are copies, `judge` decides.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 from .config import Config, digest_of
-from .embedding_join import METHOD, embedding_join
+from .embedding_join import METHOD, Join, embedding_join
 from .encoders import UNCALIBRATED, Encoder, image_encoder
 from .hash_join import hash_join
-from .records import EDGES, THUMBNAIL_SIDE, Floats, Indices, Ints, Samples, Shard, voids
+from .records import EDGES, HUBS, Floats, Indices, Ints, Samples, Shard, voids
 from .store import Store, done, new_array, read_digest, read_table, replacing, write_table
 
 log = logging.getLogger(__name__)
@@ -34,13 +32,45 @@ log = logging.getLogger(__name__)
 _RADIUS = 6  # edges are stored up to here
 _PDQ_RADIUS = 31  # the widest that the configuration allows: its join is drawn for one radius
 _MARGIN = 0.05  # below the encoder's own similarity, down to which edges are stored
-_CHUNK = 1024  # pairs, about a second: so long an interrupt may wait
 _ROUNDING = 1e-7
 _LOWEST = 0.1  # cosine of a pair that is worth aligning
 _ALWAYS = 0.6  # cosine of one that is aligned even where copies abound: of photos at random one pair in 10^6 has it
-_PAIRS_A_ROW = 5  # that are aligned: about as long as signing takes
+_NEAREST = 16  # pairs of a row that are kept of those under a cosine of 0.9
+_SURE = 0.9
+_PAIRS_A_ROW = 5  # that are aligned, of the nearest ones: about as long as signing takes
+_MOST_A_ROW = 32  # that are listed at all, where there are
+_MOST_PAIRS = 20_000_000  # of them or more
+_CROWD = 1000  # rows nearer than _SURE to one row, from which on they are a hub
+_NEAR_HUB, _HUBS_A_ROW = 0.8, 3  # cosine to a hub's centre, and number of hubs, with which a row belongs to it
 _SAMPLED = 1024  # rows by which the pairs at a cosine are estimated
 _BLOCK = 1 << 14
+_PART, _PART_BLOCK = 50_000, 512  # rows of a hub that are compared with each other, so many at a time
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Pairs of rows that may be copies, and crowds of rows that all may be copies of each other.
+
+    `hashes` has the edges between rows that represent those of their hash, `pairs` those between rows that represent
+    those of their content digest.  Blank images are in none of them.
+    """
+
+    hashes: pa.Table
+    pairs: pa.Table
+    hubs: pa.Table
+
+    def rows(self, samples: Samples) -> npt.NDArray[np.bool_]:
+        """Whether each sample stands in any of them, or shares a hash with another one."""
+        found = np.zeros(len(samples), np.bool_)
+        for table in (self.pairs, self.hashes):
+            found[table["a"].to_numpy()] = found[table["b"].to_numpy()] = True
+        found[self.hubs["row"].to_numpy()] = True
+        compared = np.flatnonzero(hashed(samples))
+        _, place, count = np.unique(hashes_of(samples)[compared], return_inverse=True, return_counts=True)
+        represents = np.zeros(len(count), np.bool_)
+        represents[place[found[compared]]] = True
+        found[compared] |= (count > 1)[place] | represents[place]
+        return found
 
 
 def signatures_digest(shards: list[Shard], store: Store) -> str:
@@ -49,36 +79,31 @@ def signatures_digest(shards: list[Shard], store: Store) -> str:
 
 
 def similarity(config: Config) -> float:
-    """Return the cosine at which two images are copies: the configured one, or the encoder's own."""
+    """Return the cosine from which on images are candidates: the configured one, or the encoder's own."""
     encoder = image_encoder(config.images.encoder)
     return config.images.encoder_similarity or (_own_similarity(encoder) if encoder else 1.0)
 
 
-def find_edges(samples: Samples, store: Store, config: Config) -> tuple[pa.Table, pa.Table]:
-    """Return hash edges and embedding edges between representative rows, joined now or by an earlier run.
-
-    A row represents those with its hash, or with its content digest; blank images have no such edges.  They are the
-    edges that the configuration asks for; the files hold more.
-    """
+def find_candidates(samples: Samples, store: Store, config: Config) -> Candidates:
+    """Return the candidates that the configuration asks for, joined now or by an earlier run; the files hold more."""
     encoder = image_encoder(config.images.encoder)
     hash_edges = _hash_edges(samples, store, config)
-    near = pc.less_equal(hash_edges["distance"], pa.scalar(config.images.hash_radius, pa.float32()))
+    near = hash_edges.filter(pc.less_equal(hash_edges["distance"], pa.scalar(config.images.hash_radius, pa.float32())))
     if encoder is None:
-        return hash_edges.filter(near), EDGES.empty_table()
+        return Candidates(near, EDGES.empty_table(), HUBS.empty_table())
     if encoder.similarity is None and config.images.encoder_similarity is None:
         log.warning(
             "%s: the cosine of its copies was never measured; %.2f is used, or set images.encoder_similarity",
             config.images.encoder,
             UNCALIBRATED,
         )
-    embedding_edges = _embedding_edges(samples, store, encoder, similarity(config))
-    reach = 1 - similarity(config) + _gain(encoder) * embedding_edges["evidence"].to_numpy()
-    copies = embedding_edges["distance"].to_numpy() <= reach + _ROUNDING
-    return hash_edges.filter(near), embedding_edges.filter(pa.array(copies)).select(EDGES.names)
+    pairs, hubs = _embedding_edges(samples, store, encoder, similarity(config))
+    reach = 1 - similarity(config) + _gain(encoder) + _ROUNDING  # alignment may add as much
+    return Candidates(near, pairs.filter(pc.less_equal(pairs["distance"], pa.scalar(reach, pa.float32()))), hubs)
 
 
 def hashed(samples: Samples) -> npt.NDArray[np.bool_]:
-    """Tell of which samples the hash is compared: blank images and those of low quality have none worth it."""
+    """Whether each sample's hash takes part in the join.  Blank and low-quality images do not."""
     valid: npt.NDArray[np.bool_] = samples.table["hash"].is_valid().to_numpy()
     return samples.compared & valid
 
@@ -114,16 +139,17 @@ def _hash_edges(samples: Samples, store: Store, config: Config) -> pa.Table:
     return read_table(path)
 
 
-def _embedding_edges(samples: Samples, store: Store, encoder: Encoder, wanted: float) -> pa.Table:
-    """Return the edges that are stored, with the evidence of the alignment of those that it can decide about."""
+def _embedding_edges(samples: Samples, store: Store, encoder: Encoder, wanted: float) -> tuple[pa.Table, pa.Table]:
+    """Return the pairs and the hubs that are stored."""
     own, gain = _own_similarity(encoder), _gain(encoder)
     lowest = max(min(wanted, own - _MARGIN) - gain, _LOWEST) if gain else min(wanted, own - _MARGIN)
-    highest = max(wanted, own)  # copies over it are sure, however many a heavy group has
     inputs = signatures_digest(samples.shards, store)
-    key = digest_of(["embedding-edges-3", inputs, lowest, highest, gain, METHOD])
-    path = store.place(store.edges / "embedding.parquet", key)
+    key = digest_of(["embedding-edges-5", inputs, lowest, gain, METHOD])
+    new = store.edges / "embedding.parquet", store.edges / "hubs.parquet"
+    path, hubs_path = (store.place(one, key) for one in new)
     work = store.edges / f"embedding-{key}"  # what a killed join left there is its own
-    if not done(path, key):
+    if not (done(path, key) and done(hubs_path, key)):
+        path, hubs_path = new
         compared = np.flatnonzero(samples.compared)
         _, place = np.unique(voids(samples.table["digest"])[compared], return_index=True)
         rows = compared[np.sort(place)]
@@ -132,73 +158,130 @@ def _embedding_edges(samples: Samples, store: Store, encoder: Encoder, wanted: f
         if not (work / "rows.npy").exists():
             _write_embeddings(samples, store, rows, work / "rows.npy")
         embeddings = np.load(work / "rows.npy", mmap_mode="r", allow_pickle=False)
-        lowest = max(lowest, min(_affordable(embeddings, lowest, highest), _ALWAYS)) if gain else lowest
-        join = embedding_join(embeddings, lowest, work)
-        table = _edges((join.a, join.b, join.distance), rows)
-        evidence = np.zeros(len(table), np.float32)
-        unsure = np.flatnonzero(table["distance"].to_numpy() > 1 - highest) if gain else np.empty(0, np.int64)
-        evidence[unsure] = _aligned(samples, store, table.take(pa.array(unsure)), work)
-        about = {"rows": len(rows), "pairs": len(join.a), "cells": join.cells, "probes": join.probes}
-        note = {**about, "lowest": lowest, "aligned": len(unsure), "recall": asdict(join.recall)}
-        write_table(path, table.append_column("evidence", pa.array(evidence)), key, note)
+        hub, members = _hubs(embeddings)
+        lowest = _affordable(embeddings, hub, lowest) if gain else lowest
+        join = embedding_join(embeddings, lowest, work, hub)
+        near = _nearest(join, len(rows)) if gain else np.ones(len(join.a), np.bool_)
+        a, b, distance = _nearest_in_hubs(embeddings, hub)
+        a, b = np.concatenate([join.a[near], a]), np.concatenate([join.b[near], b])
+        table = _edges((a, b, np.concatenate([join.distance[near], distance])), rows)
+        about = {"rows": len(rows), "pairs": len(table), "cells": join.cells, "probes": join.probes}
+        note = {**about, "lowest": lowest, "hubs": len(np.unique(members[1])), "recall": asdict(join.recall)}
+        order = np.lexsort((members[1], rows[members[0]]))
+        write_table(hubs_path, pa.table([rows[members[0]][order], members[1][order]], schema=HUBS), key)
+        write_table(path, table, key, note)
     for left_over in store.edges.glob("embedding-*"):
         shutil.rmtree(left_over)
-    return read_table(path)
+    return read_table(path), read_table(hubs_path)
 
 
-def _affordable(embeddings: npt.NDArray[np.float16], lowest: float, highest: float) -> float:
-    """Return the cosine, in hundredths, above which about five pairs a row, or fewer, are left to be aligned.
+def _sample(n: int) -> Ints:
+    found: Ints = np.sort(np.random.default_rng(0).choice(n, min(n, _SAMPLED), replace=False))
+    return found
 
-    All pairs grow as the square of the rows, so that among more rows less alike ones are no longer looked at.
+
+def _blocks(embeddings: npt.NDArray[np.float16], others: Floats) -> Any:
+    """Yield the first row of each block, and the cosines of its rows with the others."""
+    for start in range(0, len(embeddings), _BLOCK):
+        yield start, embeddings[start : start + _BLOCK].astype(np.float32) @ others.T
+
+
+def _hubs(embeddings: npt.NDArray[np.float16]) -> tuple[Ints, tuple[Ints, Ints]]:
+    """Return of each row the hub whose pairs need no list, -1 for none, and all members of the hubs: rows and hubs.
+
+    A hub is what lies around one row that more than a thousand rows are as good as copies of: a picture that is there
+    so often, or a kind of picture that the encoder cannot tell apart.  Their pairs would be too many to list.  Rows at
+    random are looked at, so that a hub of m among n rows is found but for one time in exp(1024 m / n).
     """
     n = len(embeddings)
-    chosen = np.sort(np.random.default_rng(0).choice(n, min(n, _SAMPLED), replace=False))
-    steps = np.arange(floor(100 * lowest), floor(100 * highest) + 1) / 100
-    pairs = np.zeros(len(steps) + 1)
+    hub, nothing = np.full(n, -1), np.empty(0, np.int64)
+    if n <= _CROWD:
+        return hub, (nothing, nothing)
     with threadpool_limits(1, "blas"):  # sums in one order
-        sampled = embeddings[chosen].astype(np.float32)
-        for start in range(0, n, _BLOCK):
-            cosine = sampled @ embeddings[start : start + _BLOCK].astype(np.float32).T
-            pairs += np.bincount(np.searchsorted(steps, cosine[cosine < highest], "right"), minlength=len(pairs))
-    above = pairs[::-1].cumsum()[::-1][1:] / max(len(chosen), 1) / 2  # a row, at each step or over it
-    enough = np.flatnonzero(above <= _PAIRS_A_ROW)
-    return float(steps[enough[0]]) if len(enough) else highest
+        centres = embeddings[_sample(n)].astype(np.float32)
+        crowd = np.sum([(cosine >= _SURE).sum(0) for _, cosine in _blocks(embeddings, centres)], axis=0)
+        chosen: list[int] = []
+        for at in np.argsort(-crowd, kind="stable").tolist():
+            if crowd[at] > _CROWD and (not chosen or (centres[chosen] @ centres[at]).max() < _SURE):
+                chosen.append(at)
+        if not chosen:
+            return hub, (nothing, nothing)
+        found = []
+        for start, cosine in _blocks(embeddings, centres[chosen]):
+            nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :_HUBS_A_ROW]
+            reached = np.take_along_axis(cosine, nearest, 1)
+            hub[start : start + len(cosine)] = np.where(reached[:, 0] >= _SURE, nearest[:, 0], -1)
+            row, place = np.nonzero(reached >= _NEAR_HUB)
+            found.append(np.stack([row + start, nearest[row, place]]))
+    rows, hubs = np.concatenate(found, 1)
+    return hub, (rows, hubs)
 
 
-def _aligned(samples: Samples, store: Store, edges: pa.Table, work: Path) -> Floats:
-    """Return the evidence of the alignment of each edge's two thumbnails; every finished chunk is kept in `work`."""
-    if not len(edges):
-        return np.empty(0, np.float32)
-    from .alignment import align  # only now: it brings a compiler along
+def _affordable(embeddings: npt.NDArray[np.float16], hub: Ints, lowest: float) -> float:
+    """Return the cosine, in hundredths, above which about five pairs a row, or fewer, are left to be aligned.
 
-    ends = np.stack([edges["a"].to_numpy(), edges["b"].to_numpy()])
-    rows, place = np.unique(ends, return_inverse=True)
-    thumbnails = np.empty((len(rows), THUMBNAIL_SIDE, THUMBNAIL_SIDE), np.uint8)
-    _gather(samples, store, "thumbnail", rows, lambda at, column: thumbnails.__setitem__(at, _pixels(column)))
-    a, b = place.reshape(ends.shape)
-    starts = range(0, len(a), _CHUNK)
-
-    def chunk(start: int) -> Floats:
-        path = work / f"evidence-{start // _CHUNK:06}.npy"
-        if path.exists():
-            found: Floats = np.load(path, allow_pickle=False)
-            return found
-        found = align(thumbnails, a[start : start + _CHUNK], b[start : start + _CHUNK])
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, found)
-        return found
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool:
-        try:
-            done_chunks = tqdm(pool.map(chunk, starts), total=len(starts), desc="alignment", unit="chunk", disable=None)
-            return np.concatenate(list(done_chunks))
-        finally:
-            pool.shutdown(cancel_futures=True)
+    All pairs grow as the square of the rows, so that among more rows less alike ones are no longer looked at.  Of one
+    row no more than its nearest count, so that a crowd of like pictures does not cost the others their candidates.
+    """
+    n = len(embeddings)
+    chosen = _sample(n)
+    steps = np.arange(floor(100 * lowest), 100) / 100
+    counts = np.zeros((len(chosen), len(steps) + 1))
+    with threadpool_limits(1, "blas"):  # sums in one order
+        for start, cosine in _blocks(embeddings, embeddings[chosen].astype(np.float32)):
+            theirs = hub[start : start + len(cosine), None]
+            step = np.searchsorted(steps, cosine, "right") * ((theirs != hub[chosen]) | (theirs < 0))
+            step += len(counts[0]) * np.arange(len(chosen))
+            counts += np.bincount(step.ravel(), minlength=counts.size).reshape(counts.shape)
+    above = counts[:, ::-1].cumsum(1)[:, ::-1][:, 1:] - 1  # of each row, others at each step or over it
+    nearest = np.minimum(np.maximum(above, 0), _NEAREST).mean(0) / 2 if len(chosen) else np.zeros(len(steps))
+    listed = np.maximum(above, 0).mean(0) / 2 if len(chosen) else np.zeros(len(steps))
+    wanted = min(_first(steps, nearest <= _PAIRS_A_ROW), _ALWAYS)
+    return max(wanted, _first(steps, listed <= max(_MOST_A_ROW, _MOST_PAIRS / max(n, 1))), lowest)
 
 
-def _pixels(column: pa.Array) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(b"".join(column.to_pylist()), np.uint8).reshape(-1, THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+def _first(steps: npt.NDArray[np.float64], enough: npt.NDArray[np.bool_]) -> float:
+    return float(steps[np.argmax(enough)]) if enough.any() else 1.0
+
+
+def _nearest(join: Join, n: int) -> npt.NDArray[np.bool_]:
+    """Whether each pair is kept: it is a sure one, or one of the nearest of either row."""
+    kept: npt.NDArray[np.bool_] = join.distance <= 1 - _SURE
+    rest = np.flatnonzero(~kept)
+    row = np.concatenate([join.a[rest], join.b[rest]]).astype(np.int64)
+    pair, distance = np.tile(rest, 2), np.tile(join.distance[rest], 2)
+    order = np.lexsort((pair, distance, row))
+    begin = np.searchsorted(row[order], np.arange(n))
+    kept[pair[order][np.arange(len(order)) - begin[row[order]] < _NEAREST]] = True
+    return kept
+
+
+def _nearest_in_hubs(embeddings: npt.NDArray[np.float16], hub: Ints) -> tuple[Indices, Indices, Floats]:
+    """Return pairs, and their distances, of each hub's member with its nearest ones in there.
+
+    Of what only looks alike to the encoder, copies are nearer than the rest.  A hub of more than 50,000 rows is
+    searched in parts of so many.
+    """
+    found: list[tuple[Ints, Ints, Floats]] = []
+    with threadpool_limits(1, "blas"):  # sums in one order
+        for number in range(hub.max(initial=-1) + 1):
+            members = np.flatnonzero(hub == number)
+            for part in (members[start : start + _PART] for start in range(0, len(members), _PART)):
+                own = embeddings[part].astype(np.float32)
+                count = min(_NEAREST, len(part) - 1)
+                for start in range(0, len(part), _PART_BLOCK) if count else ():
+                    distance = 1 - own[start : start + _PART_BLOCK] @ own.T
+                    place = np.arange(len(distance))
+                    distance[place, start + place] = np.inf
+                    near = np.argpartition(distance, count - 1, axis=1)[:, :count]
+                    a, b = np.repeat(part[start + place], count), part[near.ravel()]
+                    apart = np.take_along_axis(distance, near, 1).ravel()
+                    found.append((np.minimum(a, b), np.maximum(a, b), apart))
+    if not found:
+        return np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32)
+    a, b, distance = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    _, first = np.unique(a * len(hub) + b, return_index=True)
+    return a[first], b[first], distance[first]
 
 
 def _gather(samples: Samples, store: Store, name: str, rows: Ints, put: Callable[[Ints, pa.Array], object]) -> None:

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import faiss
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -92,6 +93,7 @@ def embedding_join(
     rows: Halves,
     similarity: float,
     folder: Path,
+    hub: Ints | None = None,
     exact: int = _EXACT,
     probes: int = _PROBES,
     threads: int | None = None,
@@ -99,6 +101,7 @@ def embedding_join(
     """Return the pairs of rows with cosine at least `similarity`, every one verified, and an estimate of their share.
 
     `rows` (N, dim) are of unit length but for their rounding, and may be memory-mapped; a row of zeros is in no pair.
+    `hub` numbers crowds of rows, -1 for none: two rows of one crowd are no pair, since these would be too many.
     Up to `exact` rows none is missed; beyond, `probes` of about sqrt(probes * N) cells are compared for each.  The
     same call continues a join that was killed, from what it left in `folder`, to the same bytes.  Raises RunError
     when `folder` holds the work on other rows or arguments.
@@ -107,13 +110,15 @@ def embedding_join(
         raise RunError(f"{folder}: {len(rows):,} embeddings are to be joined, at most 4,294,967,295 can be")
     cells = 1 if len(rows) <= exact else ceil(sqrt(probes * len(rows)))
     sample = np.sort(np.random.default_rng(0).choice(len(rows), min(len(rows), _SAMPLED), replace=False))
-    _claim(folder, [METHOD, rows.shape, rows[sample].tobytes().hex(), similarity, cells, probes])
+    hub = np.full(len(rows), -1) if hub is None else hub
+    crowds = xxhash.xxh3_128_hexdigest(hub.astype("<i8").tobytes())
+    _claim(folder, [METHOD, rows.shape, rows[sample].tobytes().hex(), similarity, cells, probes, crowds])
     with _workers(threads or faiss.omp_get_max_threads()) as pool:
         if not (folder / "keys.u8").exists():
-            lists = _make_lists(rows, cells, probes, similarity, folder, pool)
+            lists = _make_lists(rows, cells, probes, similarity, folder, pool, hub)
             merge(_compare_lists(lists, similarity, folder, pool), len(rows), folder)
         keys, distance = mapped(folder / "keys.u8", "<u8"), mapped(folder / "distance.f4", "<f4")
-        recall = _estimate(rows, sample, similarity, keys, pool)
+        recall = _estimate(rows, sample, similarity, keys, pool, hub)
     cells = 1 if (centroids := _load(folder / "centroids.npy")) is None else len(centroids)
     halves = keys.view("<u4").reshape(-1, 2)
     return Join(halves[:, 1], halves[:, 0], distance, cells, min(probes, cells), recall)
@@ -188,13 +193,14 @@ class _Lists:
     ends: Ints
     visitors: Indices
     visits: Ints  # where each cell's visitors end
+    hub: Ints  # of each place
 
 
 def _make_lists(
-    rows: Halves, cells: int, probes: int, similarity: float, folder: Path, pool: ThreadPoolExecutor
+    rows: Halves, cells: int, probes: int, similarity: float, folder: Path, pool: ThreadPoolExecutor, hub: Ints
 ) -> _Lists:
     if cells == 1:
-        return _Lists(rows, np.arange(len(rows)), np.array([len(rows)]), np.empty(0, np.int64), np.array([0]))
+        return _Lists(rows, np.arange(len(rows)), np.array([len(rows)]), np.empty(0, np.int64), np.array([0]), hub)
     if _load(folder / "centroids.npy") is None:
         # in the pool, for its one thread: sums in another order are other centroids
         pool.submit(_train, rows, cells, similarity, folder / "centroids.npy").result()
@@ -223,7 +229,7 @@ def _make_lists(
                 lists[start : start + _ASSIGNED] = rows[row[start : start + _ASSIGNED]]
     visitors = np.load(folder / "visitors.npy", mmap_mode="r", allow_pickle=False)
     lists = np.load(folder / "lists.npy", mmap_mode="r", allow_pickle=False)
-    return _Lists(lists, row, np.cumsum(np.bincount(cell, minlength=cells)), visitors, visits)
+    return _Lists(lists, row, np.cumsum(np.bincount(cell, minlength=cells)), visitors, visits, hub[row])
 
 
 def _train(rows: Halves, cells: int, similarity: float, path: Path) -> None:
@@ -318,7 +324,8 @@ def _pairs_of(lists: _Lists, cell: int, first: int, last: int, similarity: float
     for start in range(0, len(others), _BLOCK):
         other = others[start : start + _BLOCK]
         block = lists.rows[other]
-        i, j, cosine = _near(block, block.astype(np.float32), tile, members, similarity)
+        crowds = lists.hub[other], lists.hub[first:last]
+        i, j, cosine = _near(block, block.astype(np.float32), tile, members, similarity, *crowds)
         a, b = other[i], first + j
         once = (a > b) | (a < first)  # within the list a pair would come twice, and each row with itself
         pairs = np.empty(int(once.sum()), PAIR)
@@ -328,10 +335,19 @@ def _pairs_of(lists: _Lists, cell: int, first: int, last: int, similarity: float
 
 
 def _near(
-    left: Halves, left32: npt.NDArray[np.float32], right: Halves, right32: npt.NDArray[np.float32], similarity: float
+    left: Halves,
+    left32: npt.NDArray[np.float32],
+    right: Halves,
+    right32: npt.NDArray[np.float32],
+    similarity: float,
+    left_hub: Ints,
+    right_hub: Ints,
 ) -> tuple[Ints, Ints, npt.NDArray[np.float64]]:
     """Return the pairs of places in two blocks whose cosine reaches the similarity, and the cosine."""
-    near = np.flatnonzero(left32 @ right32.T >= np.float32(similarity - _MARGIN))
+    reached = left32 @ right32.T >= np.float32(similarity - _MARGIN)
+    if (left_hub >= 0).any() and (right_hub >= 0).any():
+        reached &= (left_hub[:, None] != right_hub) | (left_hub < 0)[:, None]
+    near = np.flatnonzero(reached)
     i, j = np.divmod(near, max(len(right), 1))
     cosine = np.empty(len(near))
     if 16 * len(near) > left32.shape[0] * right32.shape[0]:  # many: each row is converted once
@@ -342,8 +358,8 @@ def _near(
             step = slice(start, start + 4 * _BLOCK)
             x, y = left[i[step]].astype(np.float64), right[j[step]].astype(np.float64)
             cosine[step] = _cosine(_dot(x, y), _dot(x, x), _dot(y, y))
-    reached = cosine >= similarity
-    return i[reached], j[reached], cosine[reached]
+    enough = cosine >= similarity
+    return i[enough], j[enough], cosine[enough]
 
 
 def _dot(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -363,11 +379,11 @@ def _cosine(
 
 
 def _estimate(
-    rows: Halves, sample: Ints, similarity: float, keys: npt.NDArray[np.uint64], pool: ThreadPoolExecutor
+    rows: Halves, sample: Ints, similarity: float, keys: npt.NDArray[np.uint64], pool: ThreadPoolExecutor, hub: Ints
 ) -> Recall:
     """Compare the sampled rows with all, and look for the true pairs among the keys of those that were found."""
     sampled = rows[sample]
-    starts = [(rows, start, sample, sampled, similarity, keys) for start in range(0, len(rows), _ASSIGNED)]
+    starts = [(rows, start, sample, sampled, similarity, keys, hub) for start in range(0, len(rows), _ASSIGNED)]
     counts = _each(pool, _count, starts, "embedding recall")
     true, found = np.sum(counts, axis=0) if counts else np.zeros((2, 1), np.int64)
     with_pairs, pairs, hits = int((true > 0).sum()), int(true.sum()), int(found.sum())
@@ -383,14 +399,15 @@ def _estimate(
 
 
 def _count(
-    rows: Halves, start: int, sample: Ints, sampled: Halves, similarity: float, keys: npt.NDArray[np.uint64]
+    rows: Halves, start: int, sample: Ints, sampled: Halves, similarity: float, keys: npt.NDArray[np.uint64], hub: Ints
 ) -> npt.NDArray[np.int64]:
     """Return of each sampled row its true pairs with some of the rows, and those of them that were found."""
     sampled32 = sampled.astype(np.float32)
     counts = np.zeros((2, len(sample)), np.int64)
     for first in range(start, min(start + _ASSIGNED, len(rows)), _BLOCK):
         block = rows[first : min(first + _BLOCK, len(rows))]
-        i, j, _ = _near(sampled, sampled32, block, block.astype(np.float32), similarity)
+        crowds = hub[sample], hub[first : first + len(block)]
+        i, j, _ = _near(sampled, sampled32, block, block.astype(np.float32), similarity, *crowds)
         i, j = i[sample[i] != first + j], j[sample[i] != first + j]
         key = pair_keys(sample[i], first + j)
         place = np.searchsorted(keys, key)

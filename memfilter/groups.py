@@ -1,14 +1,16 @@
-"""Verified edges between the samples of all shards -> groups around keepers, of images and of captions.
+"""Candidates among the samples of all shards -> groups around keepers, of images and of captions.
 
 A group is a keeper and the samples with a verified edge to it.  Samples are visited in the order `images.keep`: one
 with an edge to earlier keepers joins the best-ranked of them, any other becomes a keeper.  So a chain A~B~C never joins
-what is unlike, and the result depends on no shard order.  Blank images have neither hash nor embedding worth comparing:
-their edges are between equal looks.
+what is unlike, and the result depends on no shard order.  A candidate is verified when it decides: of a sample and a
+keeper that it might join.  So a heavy group of n copies costs n comparisons, not n^2 / 2.  Blank images have neither
+hash nor embedding worth comparing: their edges are between equal looks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +19,12 @@ import pyarrow.compute as pc
 
 from .compiled import compiled
 from .config import JSON, Config, digest_of
-from .edges import hashed, hashes_of, signatures_digest, words
-from .errors import InputError
+from .edges import Candidates, hashed, hashes_of, signatures_digest, words
+from .errors import InputError, RunError
+from .judge import Judge
 from .keeping import rank_samples
-from .looks import join_looks
-from .records import LOOK_SIDE, Floats, Groups, Ints, Samples, Shard, voids
+from .looks import DISTANT, join_looks, most_levels
+from .records import LOOK_BYTES, Floats, Groups, Ints, Samples, Shard, voids
 from .store import Store, done, read_table, write_table
 
 
@@ -84,19 +87,20 @@ def _plain(column: pa.ChunkedArray) -> pa.Array:
 
 def group(
     samples: Samples,
-    edges: tuple[pa.Table, pa.Table],
+    candidates: Candidates,
     caption: Ints,
     keepers: pa.Table,
+    store: Store,
     config: Config,
 ) -> Groups:
-    """Return the image and caption groups of all samples and their multiplicities.
+    """Return the image and caption groups of all samples and their multiplicities; candidates are judged on the way.
 
     `caption` is of each sample the row of its own among the distinct captions, of each of which `keepers` has a row.
     """
     n = len(samples)
     _, uid = np.unique(voids(samples.table["uid"]), return_inverse=True)
     rank = rank_samples(samples, uid, config.images.keep)
-    keeper, method, distance = _image_groups(samples, rank, edges, config)
+    keeper, method, distance, score = _image_groups(samples, rank, candidates, store, config)
     caption_keeper, caption_method, caption_distance = _caption_groups(samples, rank, caption, keepers)
     pairs, joint, count = np.unique(keeper * n + caption_keeper, return_inverse=True, return_counts=True)
     return Groups(
@@ -104,6 +108,8 @@ def group(
         image_group=keeper,
         method=method,
         distance=distance,
+        score=score,
+        threshold=config.images.match_threshold,
         caption_group=caption_keeper,
         caption=caption,
         image_count=np.bincount(keeper, minlength=n)[keeper],
@@ -117,115 +123,213 @@ def group(
 
 
 def _image_groups(
-    samples: Samples, rank: Ints, edges: tuple[pa.Table, pa.Table], config: Config
-) -> tuple[Ints, npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Return of each sample its keeper, and method and distance of the edge between them.
+    samples: Samples, rank: Ints, candidates: Candidates, store: Store, config: Config
+) -> tuple[Ints, npt.NDArray[np.int8], Floats, Floats]:
+    """Keeper row, match method, match distance and match score of each sample.
 
-    Copies to the byte have the same edges, so they are one content; images of one hash have the same hash edges, so
-    those are walked from hash to hash.
+    Copies to the byte have the same candidates, so they are one content.
     """
     n = len(samples)
     keeper = np.arange(n)
-    method, distance = np.full(n, -1, np.int8), np.zeros(n, np.float32)
+    method, distance, score = np.full(n, -1, np.int8), np.zeros(n, np.float32), np.full(n, np.nan, np.float32)
     rows = np.flatnonzero(samples.good)
     rows = rows[np.argsort(rank[rows])]
-    if not len(rows):
-        return keeper, method, distance
     # contents and hashes are numbered by their best-ranked row, so that a smaller number is a better rank
     content = np.full(n, -1, np.int64)
     content[rows] = _number(voids(samples.table["digest"])[rows])
     best = rows[np.unique(content[rows], return_index=True)[1]]
-    blank = samples.flags("blank")
     is_hashed, hashes = hashed(samples), hashes_of(samples)
-    hash_of = np.full(n, -1, np.int64)
-    compared = rows[is_hashed[rows]]
-    hash_of[compared] = _number(hashes[compared])
+    flat = np.flatnonzero(samples.flags("blank")[best])
+    inputs = signatures_digest(samples.shards, store)
+    asked = candidates.rows(samples)
+    asked[best[content[np.flatnonzero(asked & (content >= 0))]]] = True  # a content is compared by its best-ranked row
+    with Judge(samples, store, config, inputs, np.flatnonzero(asked)) as judge:
 
-    by_hash = _adjacent(edges[0], hash_of, hash_of.max() + 1, mutual=True)
-    by_content = _adjacent(edges[1], content, len(best), mutual=False)
-    steps = len(best) + len(by_hash[1]) + len(by_content[1])
-    joined = compiled(_visit, steps)(hash_of[best], *by_hash, *by_content)
-    flat = np.flatnonzero(blank[best])
-    joined[flat] = flat[join_looks(_looks(samples, best[flat]))]
+        def bits(a: Ints, b: Ints) -> npt.NDArray[np.uint64]:
+            apart = np.bitwise_count(words(hashes[a]) ^ words(hashes[b])).sum(1)
+            return np.where(is_hashed[a] & is_hashed[b], apart, 1 << 16)
 
-    keeper[rows] = best[joined[content[rows]]]
-    copies = rows[keeper[rows] != rows]
-    kept = keeper[copies]
-    same = content[copies] == content[kept]
-    bits = np.bitwise_count(words(hashes[copies]) ^ words(hashes[kept])).sum(1)
-    by_bits = ~same & is_hashed[copies] & is_hashed[kept] & (bits <= config.images.hash_radius)
-    method[copies] = np.where(same, 0, np.where(blank[copies], 3, np.where(by_bits, 1, 2)))
-    distance[copies] = np.where(same, 0, bits)
-    flat = copies[method[copies] == 3]
-    distance[flat] = np.abs(_looks(samples, flat) - _looks(samples, keeper[flat])).max(1, initial=0)
-    rest = copies[method[copies] == 2]
-    distance[rest] = _distances(edges[1], content, content[rest], content[keeper[rest]])
-    return keeper, method, distance
+        def accepts(c: Ints, k: Ints) -> npt.NDArray[np.bool_]:
+            a, b = best[c], best[k]
+            return judge.accepts(a, b, bits(a, b) <= config.images.hash_radius)
 
-
-def _visit(hash_of: Ints, hash_ends: Ints, near_hash: Ints, ends: Ints, better: Ints) -> Ints:
-    """Return of each content its keeper's, when these, in the order of their rank, are visited one by one."""
-    n = len(hash_of)
-    joined = np.arange(n)
-    of_hash = np.full(len(hash_ends), n)  # of each hash, the best keeper within the radius
-    for c in range(n):
-        h = hash_of[c]
-        best = of_hash[h] if h >= 0 else n
-        for at in range(ends[c], ends[c + 1]):
-            other = better[at]  # sorted: the first keeper is the best
-            if other >= best:
-                break
-            if joined[other] == other:
-                best = other
-        if best < n:
-            joined[c] = best
-        elif h >= 0:
-            of_hash[h] = c
-            for at in range(hash_ends[h], hash_ends[h + 1]):
-                of_hash[near_hash[at]] = min(of_hash[near_hash[at]], c)
-    return joined
+        _check(candidates, content, store)
+        joined = visit(_neighbours(samples, rows, content, best, candidates), accepts)
+        joined[flat] = flat[join_looks(_looks(samples, best[flat]), most_levels(config.images.match_threshold))]
+        judge.finish()
+        keeper[rows] = best[joined[content[rows]]]
+        copies = rows[keeper[rows] != rows]
+        kept = keeper[copies]
+        same, blank = content[copies] == content[kept], samples.flags("blank")[copies]
+        one, other = best[content[copies]], best[content[kept]]
+        by_bits = bits(copies, kept) <= config.images.hash_radius
+        method[copies] = np.select([same, blank, by_bits], [0, 3, 1], 2)
+        by_pair = ~same & ~blank
+        distance[copies] = np.where(same, 0, bits(copies, kept))
+        score[copies] = 1
+        score[copies[by_pair]] = judge.scores(one[by_pair], other[by_pair])
+        rest = method[copies] == 2
+        distance[copies[rest]] = np.maximum(1 - judge.cosine(one[rest], other[rest]), 0)
+    alike = copies[method[copies] == 3]
+    levels = np.abs(_looks(samples, alike) - _looks(samples, keeper[alike])).max(1, initial=0)
+    distance[alike], score[alike] = levels, 1 - levels / DISTANT
+    return keeper, method, distance, score
 
 
 def _looks(samples: Samples, rows: Ints) -> npt.NDArray[np.int16]:
-    """Return the looks of these blank samples, (N, 64) grey levels."""
+    """Return the looks of these blank samples, (N, 66) levels."""
     looks = b"".join(samples.table["look"].take(pa.array(rows)).to_pylist())
-    return np.frombuffer(looks, np.uint8).reshape(-1, LOOK_SIDE**2).astype(np.int16)
+    return np.frombuffer(looks, np.uint8).reshape(-1, LOOK_BYTES).astype(np.int16)
 
 
-def _adjacent(edges: pa.Table, number: Ints, n: int, mutual: bool) -> tuple[Ints, Ints]:
-    """Return where the neighbours of each number begin, one more at the end, and these, sorted, one after the other.
+@dataclass(frozen=True)
+class Neighbours:
+    """The candidates of n contents, which are numbered by their rank.
 
-    Without `mutual` only smaller numbers are told as neighbours of greater ones.
+    Content c has those of `near[ends[c]:ends[c + 1]]`, all smaller than c and sorted; and, in each hub of
+    `hubs[hub_ends[c]:hub_ends[c + 1]]`, the members of that hub: `members[member_ends[h]:member_ends[h + 1]]`, sorted.
     """
-    key = np.empty(len(edges) * (1 + mutual), np.int64)
-    at = 0
-    for a, b, _ in _parts(edges, number):
-        for one, other in [(np.maximum(a, b), np.minimum(a, b)), (np.minimum(a, b), np.maximum(a, b))][: 1 + mutual]:
-            key[at : at + len(a)] = one * n + other
-            at += len(a)
+
+    ends: Ints
+    near: Ints
+    hub_ends: Ints
+    hubs: Ints
+    member_ends: Ints
+    members: Ints
+    hash_hubs: int  # the hubs before this one are of equal hashes
+
+
+def _neighbours(samples: Samples, rows: Ints, content: Ints, best: Ints, candidates: Candidates) -> Neighbours:
+    """Return the candidates of the contents: equal hashes are a hub, in which near hashes look as well."""
+    n, hashes = len(best), hashes_of(samples)
+    hash_of = np.full(len(samples), -1, np.int64)
+    compared = rows[hashed(samples)[rows]]
+    hash_of[compared] = _number(hashes[compared])
+    count = int(hash_of.max(initial=-1)) + 1
+    a, b = (content[candidates.pairs[name].to_numpy()] for name in ("a", "b"))
+    ends, near = _lists(np.maximum(a, b), np.minimum(a, b), n)
+    node = np.arange(count)
+    a, b = (hash_of[candidates.hashes[name].to_numpy()] for name in ("a", "b"))
+    looked_in = _lists(np.concatenate([node, a, b]), np.concatenate([node, b, a]), count)
+    own = np.flatnonzero(hash_of[best] >= 0)
+    hash_hubs = np.diff(looked_in[0])[hash_of[best[own]]]
+    content_of = np.repeat(own, hash_hubs)
+    first = looked_in[0][hash_of[best[own]]]
+    at = np.repeat(first - np.cumsum(hash_hubs) + hash_hubs, hash_hubs) + np.arange(len(content_of))
+    member = content[candidates.hubs["row"].to_numpy()]
+    hub = candidates.hubs["hub"].to_numpy() + count
+    hub_ends, hubs = _lists(np.concatenate([content_of, member]), np.concatenate([looked_in[1][at], hub]), n)
+    total = int(max(hub.max(initial=-1) + 1, count))
+    member_ends, members = _lists(np.concatenate([hash_of[best[own]], hub]), np.concatenate([own, member]), total)
+    return Neighbours(ends, near, hub_ends, hubs, member_ends, members, count)
+
+
+def _check(candidates: Candidates, content: Ints, store: Store) -> None:
+    """Raise RunError where stored candidates name rows that are none, or hubs without number."""
+    named = [table[name] for table in (candidates.pairs, candidates.hashes) for name in ("a", "b")]
+    for column in (*named, candidates.hubs["row"]):
+        rows = column.to_numpy()
+        if len(rows) and not (0 <= rows.min() <= rows.max() < len(content) and content[rows].min() >= 0):
+            raise RunError(
+                f"{store.edges}: damaged, it names samples that are none; remove it and run the command again"
+            )
+    hubs = candidates.hubs["hub"].to_numpy()
+    if len(hubs) and not 0 <= hubs.min() <= hubs.max() < len(content):
+        raise RunError(f"{store.edges}: damaged, a hub has no number; remove it and run the command again")
+
+
+def _lists(of: Ints, other: Ints, n: int) -> tuple[Ints, Ints]:
+    """Return where the others of each number begin, one more at the end, and these, sorted, one after the other."""
+    key = of * max(n, int(other.max(initial=0)) + 1)
+    key += other
     key.sort()
-    ends = np.searchsorted(key, np.arange(n + 1) * n)
-    key %= max(n, 1)
-    return ends, key
+    width = max(n, int(other.max(initial=0)) + 1)
+    return np.searchsorted(key, np.arange(n + 1) * width), key % width
 
 
-def _distances(edges: pa.Table, number: Ints, a: Ints, b: Ints) -> npt.NDArray[np.float32]:
-    """Return the stored distances between these pairs of numbers, which all have an edge."""
-    n = len(number)
-    wanted, inverse = np.unique(np.minimum(a, b) * n + np.maximum(a, b), return_inverse=True)
-    found = np.zeros(len(wanted), np.float32)
-    for one, other, distance in _parts(edges, number) if len(wanted) else ():
-        key = np.minimum(one, other) * n + np.maximum(one, other)
-        place = np.minimum(np.searchsorted(wanted, key), len(wanted) - 1)
-        hit = wanted[place] == key
-        found[place[hit]] = distance[hit]
-    return found[inverse]
+def visit(neighbours: Neighbours, accepts: Callable[[Ints, Ints], npt.NDArray[np.bool_]]) -> Ints:
+    """Return of each content its keeper's, when these, in the order of their rank, are visited one by one.
+
+    `accepts` tells of pairs (content, keeper) whether they are copies.  It is asked about the best-ranked keeper first,
+    and about no other once that one is joined.  Of the keepers that a content meets in hubs alone it tries 32 that the
+    encoder takes for like ones, and 256 of the same hash: in a crowd of pictures that only look alike, no more.
+    """
+    ends, member_ends, members = neighbours.ends, neighbours.member_ends, neighbours.members
+    n = len(ends) - 1
+    joined, tried, fails = np.full(n, -1), np.full(n, -1), np.zeros((n, 3), np.int64)
+    undecided, at = np.arange(n), ends[:-1].copy()
+    steps = n + len(neighbours.near) + len(neighbours.hubs) + len(members)
+    step, shorten = compiled(_step, steps), compiled(_shortened, steps)
+    while len(undecided):
+        asked, keepers, met_in = step(
+            undecided, joined, tried, fails, at, ends, neighbours.near, neighbours.hub_ends, neighbours.hubs,
+            member_ends, members, neighbours.hash_hubs, _TRIED,
+        )  # fmt: skip
+        if len(asked):
+            good = accepts(asked, keepers)
+            joined[asked[good]] = keepers[good]
+            tried[asked[~good]] = keepers[~good]
+            fails[asked[~good], met_in[~good]] += 1
+        undecided = undecided[joined[undecided] < 0]
+        member_ends, members = shorten(joined, member_ends, members)
+    return joined
 
 
-def _parts(edges: pa.Table, number: Ints) -> Iterator[tuple[Ints, Ints, npt.NDArray[np.float32]]]:
-    """Yield the numbers at both ends of the edges and their distances, a million at a time: there may be 10^8."""
-    for part in edges.to_batches(1 << 20):
-        yield number[part["a"].to_numpy()], number[part["b"].to_numpy()], part["distance"].to_numpy()
+_TRIED = (0, 256, 32)  # in no hub, in one of a hash, and in one of the encoder's: the first is not counted
+
+
+def _step(
+    undecided: Ints, joined: Ints, tried: Ints, fails: Ints, at: Ints, ends: Ints, near: Ints, hub_ends: Ints,
+    hubs: Ints, member_ends: Ints, members: Ints, hash_hubs: int, most: tuple[int, int, int],
+) -> tuple[Ints, Ints, Ints]:  # fmt: skip
+    """Make keepers of the contents that have no candidate left.
+
+    Return which have a keeper for the next one, that keeper, and where they meet it: in no hub, in one of a hash or in
+    one of the encoder's.
+    """
+    asked, keepers = np.empty(len(undecided), np.int64), np.empty(len(undecided), np.int64)
+    met_in, count = np.empty(len(undecided), np.int64), 0
+    for c in undecided:
+        best, where = c, 0
+        p = at[c]
+        while p < ends[c + 1] and (near[p] <= tried[c] or (joined[near[p]] >= 0 and joined[near[p]] != near[p])):
+            p += 1
+        at[c] = p
+        if p < ends[c + 1]:
+            best = near[p]
+        for h in hubs[hub_ends[c] : hub_ends[c + 1]]:
+            kind = 1 if h < hash_hubs else 2
+            if fails[c, kind] >= most[kind]:
+                continue
+            low, high = member_ends[h], member_ends[h + 1]
+            while low < high:  # the first member behind the one that was tried last
+                middle = (low + high) // 2
+                if members[middle] <= tried[c]:
+                    low = middle + 1
+                else:
+                    high = middle
+            while low < member_ends[h + 1] and joined[members[low]] >= 0 and joined[members[low]] != members[low]:
+                low += 1
+            if low < member_ends[h + 1] and members[low] < best:
+                best, where = members[low], kind
+        if best == c:
+            joined[c] = c
+        elif joined[best] == best:
+            asked[count], keepers[count], met_in[count] = c, best, where
+            count += 1
+    return asked[:count], keepers[:count], met_in[:count]
+
+
+def _shortened(joined: Ints, ends: Ints, members: Ints) -> tuple[Ints, Ints]:
+    """Return the lists of members without those that joined a keeper."""
+    kept, left, count = np.zeros(len(ends), np.int64), np.empty(len(members), np.int64), 0
+    for h in range(len(ends) - 1):
+        for m in members[ends[h] : ends[h + 1]]:
+            if joined[m] < 0 or joined[m] == m:
+                left[count] = m
+                count += 1
+        kept[h + 1] = count
+    return kept, left[:count]
 
 
 def _caption_groups(

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from .details import Box, resized
 from .records import LOOK_SIDE, THUMBNAIL_SIDE
 
 _MAX_SCANS = 100  # a progressive JPEG has about ten
@@ -65,9 +66,9 @@ def decode(
 ) -> Decoded:
     """Return the image decoded to its end and turned upright; the header is checked before any pixel is decoded.
 
-    A fast decode has at least `side` pixels on the shorter side, or the image's own; so have its RGB pixels with
-    `colour`, which leave the grey ones as they are without.  With `full`, the pixels are those that imagededup itself
-    would hash, but for the turn, and for images that are transparent or have more than 8 bits a channel.
+    A fast decode has at least `side` pixels on the shorter side, or the image's own; with `colour`, a number of pixels,
+    there are RGB pixels too, of at least so many.  With `full`, the pixels are those that imagededup itself would hash,
+    but for the turn, and for images that are transparent or have more than 8 bits a channel.
 
     Transparency is composed on `ground`, a colour that Pillow knows, at full size, and deep pixels are scaled to 8
     bits.  Without a ground both are as in Pillow's `convert("RGB")`: the alpha channel is dropped, and what is above
@@ -100,16 +101,20 @@ def cropped(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArr
 
 
 def _decode_jpeg(data: bytes, max_pixels: int, side: int, colour: int) -> Decoded:
-    """Return a JPEG's pixels from the smallest scaled decodes that are large enough; raises ValueError."""
+    """Return a JPEG's pixels from the smallest scaled decode that is large enough; raises ValueError."""
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     if colours not in ("YCbCr", "Gray", "RGB"):
         raise ValueError(f"{colours} has no fast path to grey")
     _check_size(width, height, max_pixels)
-    grey = simplejpeg.decode_jpeg(data, "GRAY", fastdct=True, fastupsample=True, min_height=side, min_width=side)
-    rgb = None
-    if colour:
-        rgb = simplejpeg.decode_jpeg(data, "RGB", fastdct=True, fastupsample=True, min_height=colour, min_width=colour)
-    return _upright(width, height, grey[:, :, 0], _jpeg_orientation(data), rgb)
+    side = max(side, colour)
+    space = "RGB" if colour else "GRAY"
+    found = simplejpeg.decode_jpeg(data, space, fastdct=True, fastupsample=True, min_height=side, min_width=side)
+    if not colour:
+        return _upright(width, height, found[:, :, 0], _jpeg_orientation(data), None)
+    size = found.shape[1::-1]
+    grey = Image.frombuffer("RGB", size, found, "raw", "RGB", 0, 1).convert("L")
+    pixels = np.frombuffer(grey.tobytes(), np.uint8).reshape(found.shape[:2])
+    return _upright(width, height, pixels, _jpeg_orientation(data), found)
 
 
 def _jpeg_orientation(data: bytes) -> object:
@@ -192,7 +197,10 @@ def _load(
 
 
 def _composed(image: Image.Image, data: bytes, ground: str) -> Image.Image:
-    """Return the image on the ground, blended to the nearest level; one without transparency as it is."""
+    """Return the image on the ground, blended to the nearest level; one without transparency as it is.
+
+    What would not be seen on it, as white drawings on white, lies on black or on white, whichever is further away.
+    """
     if not image.has_transparency_data:
         return image
     key = image.info.get("transparency")
@@ -206,7 +214,20 @@ def _composed(image: Image.Image, data: bytes, ground: str) -> Image.Image:
         image = image.convert("RGBA")
     canvas = Image.new("RGB", image.size, ground)
     canvas.paste(image, mask=image)
+    if _spreads(canvas).max() <= _UNSEEN < _spreads(image)[-1]:
+        is_light = canvas.convert("L").getextrema()[0] >= 128  # type: ignore[operator]
+        canvas = Image.new("RGB", image.size, "black" if is_light else "white")
+        canvas.paste(image, mask=image)
     return canvas
+
+
+_UNSEEN = 16  # levels by which pixels differ that count as one colour
+
+
+def _spreads(image: Image.Image) -> npt.NDArray[np.int64]:
+    """Return the largest difference of two pixels' levels in each of several channels."""
+    found: npt.NDArray[np.int64] = np.ptp(np.array(image.getextrema(), np.int64), 1)
+    return found
 
 
 _SPREAD = {1: 255, 2: 85, 4: 17}
@@ -411,14 +432,12 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise BadImage("too_many_pixels", f"{width}x{height} is over input.max_pixels = {max_pixels:,}")
 
 
-def thumbnail(pixels: npt.NDArray[np.uint8], side: int = THUMBNAIL_SIDE) -> npt.NDArray[np.uint8]:
-    """Return grey or RGB pixels as grey (side, side), filtered."""
-    # Pillow's fromarray and __array_interface__ take as long as the filter
-    mode = "L" if pixels.ndim == 2 else "RGB"
-    image = Image.frombuffer(mode, pixels.shape[1::-1], np.ascontiguousarray(pixels), "raw", mode, 0, 1)
-    small = image.resize((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    small = small if mode == "L" else small.convert("L")
-    return np.frombuffer(small.tobytes(), np.uint8).reshape(side, side)
+def thumbnail(
+    pixels: npt.NDArray[np.uint8], side: int = THUMBNAIL_SIDE, box: Box | None = None
+) -> npt.NDArray[np.uint8]:
+    """Return grey or RGB pixels as grey (side, side), filtered; of a box in 128ths if given."""
+    small = resized(pixels, side, box)
+    return small if small.ndim == 2 else np.asarray(Image.fromarray(small).convert("L"))
 
 
 @dataclass(frozen=True)
@@ -467,32 +486,28 @@ def _middle(image: Image.Image, width: int, height: int, fill: tuple[int, int, i
     return canvas
 
 
-def are_blank(small: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Tell of each of (N, H, W) grey thumbnails whether it holds too little structure for a perceptual comparison.
+def are_plain(small: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Whether each of (N, H, W) grey thumbnails has hardly any structure: less than two bits of entropy in 32 levels.
 
-    True when its levels deviate by less than 4 of 255, or when a histogram of 32 levels has less than one bit of
-    entropy: one flat colour, or one colour with a few specks.
-    """
-    return are_blank_or_plain(small)[0]
-
-
-def are_blank_or_plain(small: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Tell of each of (N, H, W) grey thumbnails whether it is blank, and whether it is plain: blank or hardly more.
-
-    Plain ones have less than two bits of entropy: drawings and lettering on one ground, and about one photo in 200.
+    Drawings and lettering on one ground are plain, and about one photo in 200.
     """
     if not len(small):
-        return np.empty(0, bool), np.empty(0, bool)
-    entropy = _entropy(small)
-    blank: npt.NDArray[np.bool_] = (small.reshape(len(small), -1).std(1) < 4) | (entropy < 1)
-    return blank, blank | (entropy < 2)
+        return np.empty(0, bool)
+    plain: npt.NDArray[np.bool_] = _entropy(small) < 2
+    return plain
 
 
-def look(small: npt.NDArray[np.uint8]) -> bytes:
-    """Return the mean grey levels of 8 x 8 cells of a thumbnail, row by row."""
+def look(small: npt.NDArray[np.uint8], colour: npt.NDArray[np.uint8]) -> bytes:
+    """Return the mean grey levels of 8 x 8 cells of a thumbnail, row by row, and the mean colour of an RGB picture.
+
+    The colour is JPEG's blue and red difference.
+    """
     cell = len(small) // LOOK_SIDE
-    means = small.reshape(LOOK_SIDE, cell, LOOK_SIDE, cell).mean((1, 3))
-    return bytes(np.rint(means).astype(np.uint8).ravel())
+    means = small.reshape(LOOK_SIDE, cell, LOOK_SIDE, cell).mean((1, 3)).ravel()
+    red, green, blue = colour.reshape(-1, 3).mean(0)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    differences = [128 + 0.564 * (blue - luma), 128 + 0.713 * (red - luma)]
+    return bytes(np.clip(np.rint([*means, *differences]), 0, 255).astype(np.uint8))
 
 
 def _entropy(small: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:

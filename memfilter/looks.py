@@ -1,11 +1,14 @@
-"""Groups of blank images, which are compared by their looks: mean grey levels of 8 x 8 cells.
+"""Groups of blank images, which are compared by their looks: grey levels of 8 x 8 cells, and the mean colour.
 
-Two looks are alike where no cell differs by more than `ALIKE` levels.  Then neither does the darkest nor the lightest
-cell of any square of cells, so a tree that splits the looks by such values, and by single cells, finds what may be
-alike among hundreds of thousands that are not.
+A look is 66 numbers: the mean grey level of each cell, and the mean blue and red difference of the image.  Two looks
+are alike where no number differs by more than some levels.  Then the darkest and the lightest cell of any square of
+cells differ by no more either.  A tree splits the looks by single numbers and by such values, and so finds what may be
+alike among hundreds of thousands of looks that are not.
 """
 
 from __future__ import annotations
+
+from math import floor
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +17,10 @@ from .compiled import compiled
 from .records import LOOK_SIDE, Ints
 
 ALIKE = 6
-"""Grey levels of 255 by which any cell of two like looks may differ."""
+"""Levels of 255 by which two like looks may differ, where the configuration asks for no other score."""
+
+DISTANT = 12
+"""Levels by which two looks differ whose score is 0; like ones of 6 levels come to the score 0.5."""
 
 Looks = npt.NDArray[np.int16]
 
@@ -23,38 +29,43 @@ _LEAF = 32  # looks that are not split further
 _PRUNED = 0.05  # share of all pairs that a split must keep apart
 
 
-def join_looks(looks: Looks) -> Ints:
+def most_levels(threshold: float) -> int:
+    """Return by how many levels two looks may differ whose score, 1 - levels / 12, reaches the threshold."""
+    return floor(DISTANT * (1 - threshold) + 1e-9)
+
+
+def join_looks(looks: Looks, alike: int = ALIKE) -> Ints:
     """Return of each look, the best first, the place of the first one like it that itself joins none."""
-    return join_one_by_one(looks) if len(looks) <= _ONE_BY_ONE else join_by_tree(looks)
+    return join_one_by_one(looks, alike) if len(looks) <= _ONE_BY_ONE else join_by_tree(looks, alike)
 
 
-def join_one_by_one(looks: Looks) -> Ints:
+def join_one_by_one(looks: Looks, alike: int = ALIKE) -> Ints:
     """Do as `join_looks`, in time that grows with the number of keepers times that of looks."""
     joined = np.empty(len(looks), np.int64)
     left = np.arange(len(looks))
     while len(left):
-        near = np.abs(looks[left] - looks[left[0]]).max(1) <= ALIKE
+        near = np.abs(looks[left] - looks[left[0]]).max(1) <= alike
         joined[left[near]] = left[0]
         left = left[~near]
     return joined
 
 
-def join_by_tree(looks: Looks) -> Ints:
+def join_by_tree(looks: Looks, alike: int = ALIKE) -> Ints:
     """Do as `join_looks`, comparing each look only with keepers in those leaves that could hold one like it."""
     if not len(looks):
         return np.empty(0, np.int64)
     values = _values(looks)
     steps = values.size
-    tree = compiled(_split, steps)(values, ALIKE, _LEAF, _PRUNED)
-    joined: Ints = compiled(_join, steps)(values, looks.shape[1], ALIKE, *tree)
+    tree = compiled(_split, steps)(values, alike, _LEAF, _PRUNED)
+    joined: Ints = compiled(_join, steps)(values, looks.shape[1], alike, *tree)
     return joined
 
 
 def _values(looks: Looks) -> Looks:
-    """Return the cells of each look, then the darkest and the lightest cell of its squares of 2, 4 and 8 cells."""
+    """Return the levels of each look, then the darkest and the lightest cell of its squares of 2, 4 and 8 cells."""
     found = [looks]
     for side in (2, 4, 8):
-        squares = looks.reshape(-1, LOOK_SIDE // side, side, LOOK_SIDE // side, side)
+        squares = looks[:, : LOOK_SIDE**2].reshape(-1, LOOK_SIDE // side, side, LOOK_SIDE // side, side)
         found += [squares.min((2, 4)).reshape(len(looks), -1), squares.max((2, 4)).reshape(len(looks), -1)]
     return np.concatenate(found, axis=1)
 

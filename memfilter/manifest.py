@@ -98,11 +98,17 @@ def finish(store: Store, samples: Samples, decisions: Decisions, about: dict[str
 def _files(store: Store, samples: Samples, about: dict[str, Any]) -> dict[str, str]:
     """Return the digests of all files that the result rests on, by their path in the run directory."""
     config = about["config"]
-    paths = [store.edges / "hash.parquet", store.captions, store.caption_groups, store.manifest / "lookup.arrow"]
+    paths = [
+        store.edges / "hash.parquet",
+        store.edges / "scores.parquet",
+        store.captions,
+        store.caption_groups,
+        store.manifest / "lookup.arrow",
+    ]
     in_pairs = config["magnitude"]["mode"] == "pair"
     paths += [path for s in samples.shards for path in (store.signatures(s.name), store.manifest_part(s.name))]
     if config["images"]["encoder"] is not None:
-        paths.append(store.edges / "embedding.parquet")
+        paths += [store.edges / "embedding.parquet", store.edges / "hubs.parquet"]
     if "semantic" in config["captions"]["tiers"]:
         paths.append(store.edges / "caption.parquet")
     if about["magnitude"] is not None:
@@ -168,6 +174,8 @@ def _rows(
             for i, name in enumerate(GENERALITY.names)
         },
         **{name: _floats(scores.signals.get(name) if scores else None, rows) for name in SIGNALS},
+        "match_score": _floats(groups.score, rows),
+        "match_threshold": pa.array(np.full(len(rows), groups.threshold, np.float32), mask=~joined),
     }
     return pa.table(columns, schema=MANIFEST)
 

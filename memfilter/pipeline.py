@@ -22,7 +22,7 @@ from .commit import Planner, commit, names_of
 from .config import Config, digest_of
 from .decisions import decide
 from .denoisers import ModelFiles, find_model
-from .edges import find_edges, similarity
+from .edges import find_candidates, similarity
 from .encoders import Encoder, described, image_encoder, public_name
 from .encoders.captions import public_caption_name
 from .errors import ChangedShard, ConfigError, RunError
@@ -178,10 +178,10 @@ def _decide(job: _Job) -> _Decided:
     """Make the decision, all stages in order, and leave what differs from the run's own files beside them."""
     store, config, model = job.work, job.config, job.model
     samples = load_samples(job.shards, store, config.images.json_fields)
-    edges = find_edges(samples, store, config)
+    candidates = find_candidates(samples, store, config)
     captions, caption = distinct_captions(samples, store)
     keepers = caption_keepers(samples, captions, caption, store, config)
-    groups = group(samples, edges, caption, keepers, config)
+    groups = group(samples, candidates, caption, keepers, store, config)
     rewritten = read_generalised(store)
     further = rewritten["general"].drop_null() if rewritten is not None else None
     digest = read_digest(store.at(store.captions))

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .looks import ALIKE
-from .records import LOOK_SIDE
+from .details import MOST_BYTES, unpacked
+from .looks import most_levels
+from .records import LOOK_BYTES
 
 _HASHED, _BLANK = 1, 2
+_TRIED = 32  # images with a near hash that are compared, the earliest
 
 
 class Recent:
@@ -126,8 +128,8 @@ def images(capacity: int, hash_bits: int) -> Recent:
 
     `born` numbers them in the order in which they came; `place` tells where, and `count` how often.
     """
-    hashes, look = ("u8", hash_bits // 64), ("u1", LOOK_SIDE**2)
-    return Recent(capacity, hash=hashes, look=look, kind="u1", born="i8", count="i8", place=object)
+    hashes, look, picture = ("u8", hash_bits // 64), ("u1", LOOK_BYTES), ("u1", MOST_BYTES)
+    return Recent(capacity, hash=hashes, look=look, picture=picture, kind="u1", born="i8", count="i8", place=object)
 
 
 def add_image(table: Recent, signature: dict[str, Any], place: str) -> int:
@@ -137,6 +139,7 @@ def add_image(table: Recent, signature: dict[str, Any], place: str) -> int:
         signature["digest"],
         hash=0 if hash is None else words_of(hash, table["hash"].shape[1]),
         look=np.frombuffer(signature["look"], np.uint8) if blank else 0,
+        picture=np.frombuffer(signature["picture"].ljust(MOST_BYTES, b"\0"), np.uint8),  # a JPEG tells where it ends
         kind=_BLANK if blank else 0 if hash is None else _HASHED,
         born=table.added,
         count=1,
@@ -144,11 +147,11 @@ def add_image(table: Recent, signature: dict[str, Any], place: str) -> int:
     )
 
 
-def find_image(table: Recent, signature: dict[str, Any], radius: int) -> tuple[int, int] | None:
+def find_image(table: Recent, signature: dict[str, Any], radius: int, threshold: float) -> tuple[int, int] | None:
     """Return the row of the earliest image that this one is a copy of, and a position in METHODS; or None.
 
-    The edges are those of a run without an encoder: equal content, else hashes within the radius, or of two blank
-    images like looks.  All images in the table are compared.
+    The edges are those of a run without an encoder: equal content, else a hash within the radius and a score of the
+    threshold, or of two blank images like looks.  All hashes in the table are compared.
     """
     row = table.meet(signature["digest"])
     if row is not None:
@@ -157,19 +160,31 @@ def find_image(table: Recent, signature: dict[str, Any], radius: int) -> tuple[i
     if signature["blank"]:
         rows = np.flatnonzero(table["kind"][:n] == _BLANK)
         look = np.frombuffer(signature["look"], np.uint8).astype(np.int16)
-        rows, method = rows[(np.abs(table["look"][rows] - look) <= ALIKE).all(1)], 3
+        rows, method = rows[(np.abs(table["look"][rows] - look) <= most_levels(threshold)).all(1)], 3
     elif signature["hash"] is None:
         return None
     else:
         from .hash_kernels import near  # only now: it takes a second to import
 
         found = near(words_of(signature["hash"], table["hash"].shape[1]), table["hash"][:n], radius)
-        rows, method = found[table["kind"][found] == _HASHED], 1
+        rows, method = _copies(table, signature, found[table["kind"][found] == _HASHED], threshold), 1
     if not len(rows):
         return None
     earliest = int(rows[np.argmin(table["born"][rows])])
     table.touch(earliest)
     return earliest, method
+
+
+def _copies(table: Recent, signature: dict[str, Any], rows: npt.NDArray[Any], threshold: float) -> npt.NDArray[Any]:
+    """Return the earliest of these rows that the image is a copy of in detail, and no other."""
+    from . import comparison
+
+    own = comparison.planes(unpacked(signature["picture"]))
+    for row in rows[np.argsort(table["born"][rows])][:_TRIED]:
+        shown = np.stack([comparison.planes(unpacked(table["picture"][row].tobytes())), own])
+        if comparison.compared(shown)[0] >= np.float32(threshold):
+            return np.array([row])
+    return rows[:0]
 
 
 def words_of(hash: int | bytes, words: int) -> npt.NDArray[np.uint64]:

@@ -18,10 +18,13 @@ Pairs = tuple[Ints, Ints, Floats]  # rows a < b, and their distance
 UID = pa.binary(16)
 
 THUMBNAIL_SIDE = 32
-"""Side in pixels of the grey thumbnail that every signature holds."""
+"""Side in pixels of the grey thumbnails that are hashed and aligned."""
 
 LOOK_SIDE = 8
 """Cells on a side of a plain image's look, by which blank images are compared."""
+
+LOOK_BYTES = LOOK_SIDE**2 + 2
+"""Bytes of a look: the mean grey levels of its cells, and the picture's mean blue and red differences, plus 128."""
 
 BAD_CODES = (
     "repeated_key",  # the key comes back in its shard
@@ -69,9 +72,9 @@ def signature_schema(dim: int, hash: str = "phash", fields: tuple[str, ...] = ()
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
         pa.field("bytes", pa.int64()),  # of the image member
-        pa.field("blank", pa.bool_()),  # too little structure for a perceptual comparison
-        pa.field("look", pa.binary(LOOK_SIDE**2)),  # mean grey levels in cells, of an image with hardly any structure
-        pa.field("thumbnail", pa.binary(THUMBNAIL_SIDE**2)),
+        pa.field("blank", pa.bool_()),  # one colour, as far as is seen
+        pa.field("look", pa.binary(LOOK_BYTES)),  # of an image with hardly any structure
+        pa.field("picture", pa.binary()),  # the content in detail and in colour: see `details`
         pa.field("caption", pa.string()),
         pa.field("fingerprint", pa.binary(16)),  # of the normalised caption; null for an empty caption
         pa.field("captions", pa.list_(pa.string())),  # further captions, from the json member
@@ -88,6 +91,23 @@ EDGES = pa.schema(
         pa.field("a", pa.int64(), nullable=False),
         pa.field("b", pa.int64(), nullable=False),
         pa.field("distance", pa.float32(), nullable=False),
+    ]
+)
+
+HUBS = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("hub", pa.int64(), nullable=False),  # the members of a hub are candidates of each other
+    ]
+)
+
+JUDGED = pa.schema(
+    [
+        # ordinals of two rows that were compared, the one whose content digest is smaller first
+        pa.field("a", pa.int64(), nullable=False),
+        pa.field("b", pa.int64(), nullable=False),
+        pa.field("evidence", pa.float32(), nullable=False),  # of the alignment of their thumbnails, from 0 to 1
+        pa.field("score", pa.float32()),  # null where evidence and cosine gave no cause to look closer
     ]
 )
 
@@ -167,6 +187,8 @@ MANIFEST = pa.schema(
         pa.field("mitigate", pa.bool_(), nullable=False),
         *GENERALITY,
         *(pa.field(name, pa.float32()) for name in SIGNALS),
+        pa.field("match_score", pa.float32()),
+        pa.field("match_threshold", pa.float32()),
     ]
 )
 
@@ -241,6 +263,8 @@ class Groups:
     caption_distance: Floats
     caption_images: Ints  # distinct images in its caption group
     image_captions: Ints  # distinct captions in its image group
+    score: Floats  # of the edge to the keeper, NaN for keepers
+    threshold: float  # that scores were compared with
 
 
 @dataclass(frozen=True)

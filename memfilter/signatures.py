@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import features
 
-from . import images
+from . import details, images
 from .captions import FORMS, fingerprint
 from .config import Config, digest_of
 from .encoders import image_encoder
@@ -98,7 +98,7 @@ _INSTRUCTIONS = {  # the highest first
 
 def made_by(config: Config) -> dict[str, str]:
     """Return all that shapes a signature's numbers beside the sample and the configuration's own values."""
-    found = {"signatures": "signatures-4", "forms": FORMS, **versions(config.images.hash), **codecs()}
+    found = {"signatures": "signatures-5", "forms": FORMS, **versions(config.images.hash), **codecs()}
     if encoder := image_encoder(config.images.encoder):
         found |= {"torch": version("torch"), "instructions": instruction_set(), "encoder": encoder.identity}
     return found
@@ -253,7 +253,7 @@ def _spoil(table: pa.Table, indices: set[int], code: str, detail: str) -> pa.Tab
 
 @lru_cache(8)
 def _nulls(length: int, type: pa.DataType) -> pa.Array:
-    """Return nulls that share their memory with all others: one thumbnail takes a KiB even where there is none."""
+    """Return nulls that share their memory with all others: an embedding takes half a KiB even where there is none."""
     return pa.nulls(length, type)
 
 
@@ -305,9 +305,9 @@ class Signer:
         self.full = config.images.decode == "full"
         self.hasher: Any = None if config.images.hash == "pdq" else hasher(config.images.hash)
         self.encoder = image_encoder(config.images.encoder)
-        self.side, self.colour = images.HASH_SIDE if self.hasher else images.PDQ_SIDE, 0
+        self.side, self.colour = images.HASH_SIDE if self.hasher else images.PDQ_SIDE, details.SIDE
         if self.encoder and self.encoder.frame:
-            self.colour = self.encoder.frame.edge
+            self.colour = max(self.colour, self.encoder.frame.edge)
         elif self.encoder:  # its input is filtered down from twice its size
             self.side = max(self.side, 2 * self.encoder.side)
         dim = self.encoder.dim if self.encoder else 0
@@ -316,19 +316,17 @@ class Signer:
     def finish(self, rows: list[dict[str, Any]]) -> list[int]:
         """Put into the good rows what is computed of their small images, many at a time; return where these rows are.
 
-        That is the perceptual hash, whether the image is blank, and its look where it is plain.
+        That is the perceptual hash, and the look of an image that is plain.
         """
-        good = [i for i, row in enumerate(rows) if "thumbnail" in row]
-        small = np.stack([rows[i]["thumbnail"] for i in good]) if good else np.empty((0, 0, 0), np.uint8)
+        good = [i for i, row in enumerate(rows) if "small" in row]
+        small = np.stack([rows[i]["small"] for i in good]) if good else np.empty((0, 0, 0), np.uint8)
         if self.hasher:
             hashes = self._hashes([rows[i]["hashed"] for i in good])
             for i, hash in zip(good, hashes, strict=True):
                 rows[i]["hash"] = hash
-        blank, plain = images.are_blank_or_plain(small)
-        for i, is_blank, is_plain in zip(good, blank.tolist(), plain.tolist(), strict=True):
-            rows[i]["blank"] = is_blank
-            if is_plain:
-                rows[i]["look"] = images.look(rows[i]["thumbnail"])
+        for i, is_plain in zip(good, images.are_plain(small).tolist(), strict=True):
+            if is_plain or rows[i]["blank"]:
+                rows[i]["look"] = images.look(rows[i]["small"], rows[i]["colour"])
         return good
 
     def table(self, rows: list[dict[str, Any]]) -> pa.Table:
@@ -337,10 +335,6 @@ class Signer:
         is_good = np.zeros(len(rows), bool)
         is_good[good] = True
         columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in self.schema.names}
-        if good:
-            columns["thumbnail"] = [row["thumbnail"].tobytes() if "thumbnail" in row else None for row in rows]
-        else:
-            columns["thumbnail"] = _nulls(len(rows), self.schema.field("thumbnail").type)
         if self.encoder and not good:
             columns["embedding"] = _nulls(len(rows), self.schema.field("embedding").type)
         elif self.encoder:
@@ -398,13 +392,22 @@ class Signer:
     def _image(self, data: bytes) -> dict[str, Any]:
         limit, ground = self.config.input.max_pixels, self.config.images.ground
         decoded = images.decode(data, self.full, limit, self.side, self.colour, ground)
-        small = images.thumbnail(decoded.pixels)
+        assert decoded.colour is not None
+        small, colour = images.thumbnail(decoded.pixels), details.resized(decoded.colour, details.SIDE)
+        box = details.content(colour)
+        # what averages to one colour at that size, such as a sky of stars, is not blank
+        is_blank = box is None and details.is_one_colour(decoded.colour)
+        box = box if box or is_blank else details.WHOLE
+        part = None if box == details.WHOLE else box  # without a border nothing is done twice
         row = {
             "digest": hashlib.sha256(data).digest()[:16],
             "width": decoded.width,
             "height": decoded.height,
             "bytes": len(data),
-            "thumbnail": small,
+            "blank": is_blank,
+            "small": small,
+            "colour": colour,
+            "picture": details.packed(details.resized(decoded.colour, details.SIDE, part) if part else colour),
             "hashed": small,  # of the size that imagededup's phash takes
         }
         if self.hasher is None:
@@ -416,8 +419,7 @@ class Signer:
         if self.encoder and self.encoder.frame and decoded.colour is not None:
             row["square"] = images.framed(decoded.colour, self.encoder.side, self.encoder.frame)
         elif self.encoder:
-            same = self.encoder.side == len(small)
-            row["square"] = small if same else images.thumbnail(decoded.pixels, self.encoder.side)
+            row["square"] = images.thumbnail(decoded.pixels, self.encoder.side, part)
         return row
 
     def _caption(self, texts: dict[str, bytes]) -> dict[str, Any]:

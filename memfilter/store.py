@@ -89,6 +89,10 @@ class Store:
             return path
         return self.base.path / path.relative_to(self.path)
 
+    def places(self, path: Path) -> list[Path]:
+        """Return where a file of this decision may be: its own, and the run's."""
+        return [path] if self.base is None else [path, self.base.path / path.relative_to(self.path)]
+
     def place(self, path: Path, digest: str) -> Path:
         """Return where a table is to be: the run's own where that is `done` under this digest, else `path`."""
         if self.base is None or not done(own := self.base.path / path.relative_to(self.path), digest):

@@ -38,7 +38,7 @@ Sample = dict[str, Any]
 _ACTION = {"record": KEEP, "mask": MASK, "drop": DROP}
 _MOST = 1 << 31
 _READ = ("input.caption", "input.caption_field", "input.uid_field", "input.max_pixels", "input.max_bytes")
-_COMPARED = ("images.hash", "images.hash_radius", "images.decode", "images.ground")
+_COMPARED = ("images.hash", "images.hash_radius", "images.decode", "images.ground", "images.match_threshold")
 _SCORED = ("model", "denoiser", "lora", "lora_scale", "mode", "seeds", "steps", "guidance", "dtype")
 
 
@@ -64,7 +64,7 @@ class OnlineFilter:
     pass over the stream logs its own at INFO.
 
     At most `capacity` images, captions and samples are remembered each; those go first that were not met for longest,
-    so that what is repeated much stays; an image with its caption and its sample takes about 700 bytes.  A copy of a
+    so that what is repeated much stays; an image with its caption and its sample takes about 5 kB.  A copy of a
     forgotten image passes.  A sample that comes again with the same bytes, as in the next epoch, is itself and keeps
     its verdict for as long as it is remembered; beyond that it is judged as new, and counted again.  A key that is
     repeated within a shard, which a run calls bad, looks the same.  Shards are told apart by their URLs, or commands of
@@ -210,7 +210,9 @@ class OnlineFilter:
                 told = signature["bad"], signature["detail"], self._counts["bad"], self._counts["read"]
                 log.warning(message, place, *told)
             return None
-        found = recent.find_image(self._images, signature, self.config.images.hash_radius)
+        found = recent.find_image(
+            self._images, signature, self.config.images.hash_radius, self.config.images.match_threshold
+        )
         if not waiting.weight:
             self._leave(place, found, signature["fingerprint"])
             values = {"image": -1, "caption": -1, "method": -1, "repeats": False, "action": MASK}

@@ -9,11 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .records import ACTIONS, CAPTION_METHODS, DUPLICATION, METHODS, Decisions, Groups, Samples, Scores
+from .records import ACTIONS, CAPTION_METHODS, DUPLICATION, METHODS, Decisions, Groups, Ints, Samples, Scores
 from .store import Store, read_table
 
 _LARGEST = 10
 _MANY = 3  # samples, and captions, from which on a plain picture is a placeholder
+_DOUBTED = 0.2  # share of the samples that may be dropped as copies without a doubt, byte for byte equal ones apart
+_CROWD = 50  # different files with a caption in a group, above which it is doubted if over half of the captions differ
 
 
 def statistics(
@@ -23,6 +25,7 @@ def statistics(
     found: dict[str, Any] = {
         "reasons": {c: int(f.sum()) for c, f in zip(decisions.codes, decisions.reasons, strict=True)},
         **_image_groups(samples, groups, store),
+        "inexact_dropped": int(((decisions.action == ACTIONS.index("drop")) & (groups.method > 0)).sum()),
         **_caption_groups(samples, groups),
         "duplication": dict(
             zip(DUPLICATION, np.bincount(decisions.duplication[samples.good], minlength=4).tolist(), strict=True)
@@ -60,17 +63,23 @@ def _image_groups(samples: Samples, groups: Groups, store: Store) -> dict[str, A
     """Return the figures of the groups of two or more, those of blank images and of placeholders apart.
 
     A placeholder is one plain picture (lettering on one ground, and the like) that is there three times or more under
-    as many captions.
+    as many captions.  A group that is not blank is doubtful if over 50 files with a caption are in it, byte for byte
+    equal ones apart, and over half of their captions differ.
     """
     rows = np.flatnonzero(groups.image_count > 1)
     heads, place, members = np.unique(groups.image_group[rows], return_inverse=True, return_counts=True)
-    pairs = np.unique(np.stack([place, groups.caption_group[rows]]), axis=1)
-    captions = np.bincount(pairs[0], minlength=len(heads))
+    captions = _different(place, groups.caption_group[rows], len(heads))
     is_blank = samples.table["blank"].fill_null(False).to_numpy()[heads]
     is_plain = samples.table["look"].is_valid().to_numpy()[heads]
     is_placeholder = is_plain & ~is_blank & (members >= _MANY) & (captions >= _MANY)
     kind = np.select([is_blank, is_placeholder], ["blank", "placeholder"], "picture")
     largest = np.lexsort((heads, -members))[:_LARGEST].tolist()
+    # a sample without a caption is a caption group of its own, and tells nothing
+    is_captioned = samples.table["fingerprint"].is_valid().to_numpy()[rows]
+    captioned = np.bincount(place[is_captioned], minlength=len(heads))
+    different = _different(place[is_captioned], groups.caption_group[rows][is_captioned], len(heads))
+    crowded = np.bincount(place[is_captioned & (groups.method[rows] != 0)], minlength=len(heads)) > _CROWD
+    crowds = np.flatnonzero(crowded & ~is_blank & (2 * different > captioned))
     of_pictures = np.bincount(groups.method[rows][kind[place] == "picture"] + 1, minlength=len(METHODS) + 1)
     return {
         "image_groups": int((kind == "picture").sum()),
@@ -87,7 +96,17 @@ def _image_groups(samples: Samples, groups: Groups, store: Store) -> dict[str, A
             }
             for i in largest
         ],
+        "doubtful_groups": [
+            {**_keeper(samples, int(heads[i]), store), "count": int(captioned[i]), "captions": int(different[i])}
+            for i in crowds[np.argsort(-captioned[crowds], kind="stable")][:_LARGEST].tolist()
+        ],
     }
+
+
+def _different(place: Ints, caption: Ints, n: int) -> Ints:
+    """Return how many different captions there are in each of n places."""
+    found: Ints = np.bincount(np.unique(np.stack([place, caption]), axis=1)[0], minlength=n)
+    return found
 
 
 def _keeper(samples: Samples, row: int, store: Store) -> dict[str, str]:
@@ -135,6 +154,7 @@ def lines(info: dict[str, Any], out: str) -> list[str]:
     if info["generalised"]:
         text.append(generalised_line(info["generalised"]))
     text += [_group(i, largest) for i, largest in enumerate(found["largest_groups"])]
+    text += _doubts(found, counts["read"])
     if found["bad"]:
         text.append("bad       " + ", ".join(f"{n:,} {code}" for code, n in found["bad"].items()))
     if found["without_caption"] and found["without_caption"] == counts["read"] - counts["bad"]:
@@ -148,6 +168,24 @@ def lines(info: dict[str, Any], out: str) -> list[str]:
         text.append(f"emptied   {len(emptied):,}, of which no sample is kept: {names}")
     text.append(f"manifest  {out}/manifest" + (f", filtered shards {out}/shards" if config["output"]["shards"] else ""))
     text.append(reconciliation(counts))
+    return text
+
+
+def _doubts(found: dict[str, Any], read: int) -> list[str]:
+    """Return lines that warn of what looks as if different pictures were taken for copies."""
+    text, dropped = [], found["inexact_dropped"]
+    if dropped > _DOUBTED * read:
+        text.append(
+            f"look      {dropped:,} of {read:,} samples ({dropped / read:.0%}) are dropped as copies of other files"
+        )
+    for group in found["doubtful_groups"]:
+        name = printable(f"{group['shard']} {group['key']}")
+        text.append(f"look      {group['count']:,} samples joined {name} with {group['captions']:,} different captions")
+    if text:
+        text.append(
+            "          check the manifest's pairs of uid and canonical_uid, those of the lowest match_score first; if"
+            " they are no copies, raise images.match_threshold or set policy.image_duplicate: record, then rethreshold"
+        )
     return text
 
 

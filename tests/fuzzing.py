@@ -51,7 +51,7 @@ class Target:
             return check(str(e).startswith("0.tar: ") and str(e).isprintable(), e) - 1
         check(members.samples == len(rows) == signer.table(rows).num_rows, members.samples)
         for row in rows:
-            check("thumbnail" in row or (row["bad"] in BAD_CODES and row["detail"].isprintable()), row)
+            check("picture" in row or (row["bad"] in BAD_CODES and row["detail"].isprintable()), row)
         return len(rows)
 
 

@@ -68,17 +68,17 @@ def test_an_edited_copy_lies_on_its_original(edit: str) -> None:
     originals = [scene(i) for i in range(12)]
     pictures = np.stack([small(p) for p in originals] + [small(EDITS[edit](p)) for p in originals])
     a = np.arange(12)
-    evidence = align(pictures, a, a + 12)
+    evidence = align(pictures, a, a + 12).evidence
     assert evidence.dtype == np.float32
     assert (evidence >= SURE).sum() >= 11, np.sort(evidence).round(2)
     # whichever is named first
-    assert (align(pictures, a + 12, a) >= SURE).sum() >= 11
+    assert (align(pictures, a + 12, a).evidence >= SURE).sum() >= 11
 
 
 def test_unlike_scenes_do_not_lie_on_each_other() -> None:
     pictures = np.stack([small(scene(i)) for i in range(40)])
     a, b = np.triu_indices(40, 1)
-    evidence = align(pictures, a, b)
+    evidence = align(pictures, a, b).evidence
     assert (evidence >= 0).all()
     assert (evidence >= SURE).sum() <= 1
     assert np.median(evidence) < 0.2
@@ -91,26 +91,26 @@ def test_unlike_photos_do_not_lie_on_each_other(shared_data: Path) -> None:
         files = [tar.extractfile(m) for m in tar if m.name.endswith(".jpg")][:60]
         pictures = np.stack([small(Image.open(io.BytesIO(f.read()))) for f in files if f])
     a, b = np.triu_indices(len(pictures), 1)
-    assert (align(pictures, a, b) >= SURE).mean() < 0.005
+    assert (align(pictures, a, b).evidence >= SURE).mean() < 0.005
 
 
 @pytest.mark.parametrize("other", [np.zeros((32, 32), np.uint8), np.full((32, 32), 255, np.uint8), small(scene(1))])
 def test_flat_pictures_are_no_evidence(other: Thumbnails) -> None:
     flat = np.full((32, 32), 128, np.uint8)
-    assert align(np.stack([flat, other]), np.array([0, 1]), np.array([1, 0])).tolist() == [0, 0]
+    assert align(np.stack([flat, other]), np.array([0, 1]), np.array([1, 0])).evidence.tolist() == [0, 0]
 
 
 def test_a_pair_s_evidence_depends_on_the_pair_alone() -> None:
     pictures = np.stack([small(scene(i)) for i in range(10)] + [small(ImageOps.mirror(scene(i))) for i in range(10)])
     a, b = np.triu_indices(20, 1)
-    together = align(pictures, a, b)
-    alone = [align(pictures[[i, j]], np.array([0]), np.array([1]))[0] for i, j in zip(a, b, strict=True)]
+    together = align(pictures, a, b).evidence
+    alone = [align(pictures[[i, j]], np.array([0]), np.array([1])).evidence[0] for i, j in zip(a, b, strict=True)]
     assert together.tolist() == alone
 
 
 def test_no_pairs_have_no_evidence() -> None:
     none = np.empty(0, np.int64)
-    assert align(np.zeros((3, 32, 32), np.uint8), none, none).shape == (0,)
+    assert align(np.zeros((3, 32, 32), np.uint8), none, none).evidence.shape == (0,)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -120,7 +120,7 @@ def test_noise_neither_crashes_nor_convinces(seed: int) -> None:
     pictures[:5] = np.where(random.random((5, 32, 32)) < 0.02, 255, 0)  # a few specks
     pictures[5:10] = np.linspace(0, 255, 32, dtype=np.uint8)[None, :, None]  # ramps
     a, b = np.triu_indices(30, 1)
-    evidence = align(pictures, a, b)
+    evidence = align(pictures, a, b).evidence
     assert np.isfinite(evidence).all()
     assert ((evidence >= 0) & (evidence <= 1)).all()
     assert (evidence[(a >= 10) & (b >= 10)] < SURE).all()

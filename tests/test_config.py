@@ -33,6 +33,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "ground": "#ffffff",
         "encoder": "builtin",
         "encoder_similarity": None,
+        "match_threshold": 0.5,
         "keep": ["resolution", "bytes", "caption_length", "uid"],
     },
     "captions": {
@@ -100,6 +101,7 @@ OTHERS: dict[str, Any] = {
     "images.ground": "#102030",
     "images.encoder": None,
     "images.encoder_similarity": 1.0,
+    "images.match_threshold": 0.8,
     "images.keep": ["uid"],
     "captions.tiers": ["exact", "near"],
     "captions.near_jaccard": 0.5,
@@ -275,6 +277,7 @@ WRONG = {
     "images.decode": ["slow", "null"],
     "images.ground": ["whitish", "''", "'#12345'", "'#ffffff80'", "transparent", "'rgb(0, 0, 256)'", "#ffffff\n", "7"],
     "images.encoder": ["3", "[builtin]"],
+    "images.match_threshold": ["0", "1", "-1", "high", ".nan", "true"],
     "images.encoder_similarity": ["0", "2.01", "-1", "high", ".nan", "true"],
     "images.keep": [
         "[]",

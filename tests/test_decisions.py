@@ -94,6 +94,8 @@ def decided(case: Case) -> Decisions:
         np.zeros(n, np.float32),
         np.array([len({j[0] for j in joint if j[1] == c}) for c in case.caption_keeper], np.int64),
         np.array([len({j[1] for j in joint if j[0] == k}) for k in case.keeper], np.int64),
+        np.full(n, np.nan, np.float32),
+        0.5,
     )
     magnitudes = np.array([case.magnitude.get(t, 0) for t in case.texts], np.float32)
     of_samples = np.append(magnitudes, np.float32(np.nan))[caption]
@@ -371,7 +373,7 @@ def test_without_scores_nothing_is_memorized() -> None:
     samples = Samples([], np.array([0]), np.ones(1, bool), pa.table({"captions": pa.nulls(1, pa.list_(pa.string()))}))
     one, none = np.ones(1, np.int64), np.zeros(1, np.int64)
     alone, zero = np.full(1, -1, np.int8), np.zeros(1, np.float32)
-    groups = Groups(none, none, alone, zero, none, none, one, one, one, alone, zero, one, one)
+    groups = Groups(none, none, alone, zero, none, none, one, one, one, alone, zero, one, one, zero, 0.5)
     captions = pa.table({"text": pa.array(case.texts, pa.large_string())})
     found = decide(samples, groups, captions, None, 0.0, Policies())
     assert (actions(found), reasons(found)) == (["keep"], [[]])

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 import memfilter
 from memfilter.config import Config
-from memfilter.edges import _PAIRS_A_ROW, _affordable
+from memfilter.edges import _MOST_A_ROW, _MOST_PAIRS, _NEAREST, _PAIRS_A_ROW, _affordable
 from memfilter.encoders.builtin import Builtin
 
 pytestmark = pytest.mark.numerical
@@ -53,10 +53,14 @@ def test_edited_copies_are_found_and_no_two_scenes_are_joined(planted: Path, tmp
     assert {key for key, row in found.items() if row["action"] == "keep"} >= scenes
     joined = {key: uids[row["canonical_uid"]] for key, row in found.items() if row["canonical_uid"]}
     assert all(key[-2:] == kept[-2:] for key, kept in joined.items())
-    assert len(joined) >= 38  # of 40
+    # drawings: those with another part are other pictures, their mirror images may be
+    kinds = [key[:-2] for key in joined if not key.startswith("mirrored")]
+    assert {*kinds} == {"cropped", "framed", "turned"}
+    assert len(kinds) >= 23  # of 24
     by_embedding = [row for row in found.values() if row["reasons"][:1] == ["embedding_duplicate"]]
-    assert len(by_embedding) >= 30
+    assert len(by_embedding) >= 20
     assert all(0 <= row["match_distance"] <= 0.9 for row in by_embedding)
+    assert all(row["match_score"] >= row["match_threshold"] == 0.5 for row in by_embedding)
 
 
 def test_a_similarity_that_nothing_reaches_leaves_the_hash_alone(planted: Path, tmp_path: Path) -> None:
@@ -69,16 +73,16 @@ def test_a_similarity_that_nothing_reaches_leaves_the_hash_alone(planted: Path, 
 
 
 @pytest.mark.parametrize("n", [2, 300, 3000])
-def test_about_five_pairs_a_row_are_aligned_at_most(n: int) -> None:
+def test_about_five_of_the_nearest_pairs_a_row_are_listed_at_most(n: int) -> None:
     random = np.random.default_rng(n)
     rows = random.standard_normal((n, 16)) + random.standard_normal(16)
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
-    lowest = _affordable(rows, 0.1, 0.97)
+    lowest = _affordable(rows, np.full(n, -1), 0.1)
     cosine = rows.astype(np.float32) @ rows.astype(np.float32).T
-    pairs = ((cosine >= lowest) & (cosine < 0.97))[np.triu_indices(n, 1)].sum() / n
-    assert pairs <= 1.3 * _PAIRS_A_ROW  # it is an estimate
-    assert lowest == 0.1 or pairs >= 0.5 * _PAIRS_A_ROW
-    assert 0.1 <= lowest <= 0.97
+    others = (cosine >= lowest).sum(1) - 1
+    assert others.mean() / 2 <= 1.3 * max(_MOST_A_ROW, _MOST_PAIRS / n)  # it is an estimate
+    assert lowest >= 0.6 or np.minimum(others, _NEAREST).mean() / 2 <= 1.3 * _PAIRS_A_ROW
+    assert 0.1 <= lowest <= 1
 
 
 def test_the_builtin_descriptor_gives_unit_rows_that_their_batch_changes_by_rounding_alone() -> None:

@@ -156,7 +156,7 @@ def scored(tmp_path: Path) -> Manifest:
     from memfilter import pipeline
     from memfilter.caption_groups import caption_keepers
     from memfilter.decisions import decide
-    from memfilter.edges import find_edges
+    from memfilter.edges import find_candidates
     from memfilter.groups import distinct_captions, group, load_samples
     from memfilter.records import Scores
     from memfilter.store import Store
@@ -173,7 +173,7 @@ def scored(tmp_path: Path) -> Manifest:
     samples = load_samples([pipeline.Shard(s["name"], "", s["bytes"]) for s in run.info["shards"]], store)
     captions, caption = distinct_captions(samples, store)
     keepers = caption_keepers(samples, captions, caption, store, config)
-    groups = group(samples, find_edges(samples, store, config), caption, keepers, config)
+    groups = group(samples, find_candidates(samples, store, config), caption, keepers, store, config)
     high = np.array([5.0 if "key" in text else 0.5 for text in captions["text"].to_pylist()], np.float32)
     scores = Scores(high, high[caption], high[caption] / 64, {"conditions": 3})
     decisions = decide(samples, groups, captions, scores, 2.0, config.policy)
@@ -249,6 +249,7 @@ def test_the_table_has_the_promised_columns(masked: Manifest) -> None:
         *("caption_match", "caption_distance", "caption_images", "image_captions", "mitigate"),
         *("generality", "generality_specificity", "generality_broadness", "generality_tense", "generality_abstraction"),
         *("attention_entropy", "anisotropy", "sharpness"),
+        *("match_score", "match_threshold"),
     ]
     assert masked.table().schema.field("uid").type == pa.binary(16)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import encoded, picture, sample, words, write_tar
@@ -25,7 +26,7 @@ from PIL import Image, ImageColor, ImageDraw
 
 import memfilter
 from memfilter import Config, ConfigError, OnlineFilter
-from memfilter.images import BadImage, are_blank, decode, thumbnail
+from memfilter.images import BadImage, decode, thumbnail
 from memfilter.signatures import Signer
 
 MAX_PIXELS = 178_956_970
@@ -67,7 +68,8 @@ def all_decodes(data: bytes, ground: str) -> tuple[Pixels, Pixels, Pixels, Pixel
     fast = decode(data, False, MAX_PIXELS, colour=64, ground=ground)
     assert both.colour is not None
     assert fast.colour is not None
-    np.testing.assert_array_equal(decode(data, False, MAX_PIXELS, ground=ground).pixels, fast.pixels)
+    if data[:3] != b"\xff\xd8\xff":  # a JPEG is decoded at the size that the colours need
+        np.testing.assert_array_equal(decode(data, False, MAX_PIXELS, ground=ground).pixels, fast.pixels)
     return full.pixels, both.colour, fast.colour, fast.pixels
 
 
@@ -237,6 +239,9 @@ def test_transparency_is_blended_with_the_ground_to_the_nearest_level(kind: str,
 def test_any_pixels_on_any_ground_equal_those_blended_by_floats(pixels: Pixels, ground: str, format: str) -> None:
     data = encoded(Image.fromarray(pixels), format, **({"lossless": True} if format == "WEBP" else {}))
     expected = blended(pixels[:, :, :3], pixels[:, :, 3], ground)
+    if np.ptp(expected, (0, 1)).max() <= 16 < np.ptp(pixels[:, :, 3]):
+        seen_on = "black" if grey_of(expected).min() >= 128 else "white"
+        expected = blended(pixels[:, :, :3], pixels[:, :, 3], seen_on)
     *found, grey = all_decodes(data, ground)
     for each in found:
         np.testing.assert_array_equal(each, expected)
@@ -281,7 +286,7 @@ def test_a_picture_without_transparency_is_the_same_on_any_ground_and_on_none(ki
         full, both, _, grey = all_decodes(data, ground)
         np.testing.assert_array_equal(full, expected)
         np.testing.assert_array_equal(both, expected)
-        np.testing.assert_array_equal(grey, decode(data, False, MAX_PIXELS, ground=None).pixels)
+        np.testing.assert_array_equal(grey, decode(data, False, MAX_PIXELS, colour=64, ground=None).pixels)
 
 
 @pytest.mark.parametrize("kind", ["png-rgba", "png-palette-bytes", "png-16-bit-key", "png-rgb-key", "tiff-rgba"])
@@ -314,7 +319,7 @@ def assert_same_signatures(signer: Signer, files: list[bytes]) -> None:
     rows = [{"uid": bytes(16), "index": i, "key": str(i)} | signer._image(data) for i, data in enumerate(files)]
     table = signer.table(rows).drop_columns(["index", "key", "digest", "bytes"])
     first, *others = table.to_pylist()
-    assert first["thumbnail"]
+    assert first["picture"]
     assert all(other == first for other in others)
 
 
@@ -472,7 +477,7 @@ def test_a_constant_is_blank(levels: Deep, capfd: pytest.CaptureFixture[str]) ->
     for full in (False, True):
         small = thumbnail(decode(data, full, MAX_PIXELS).pixels)
         assert small.min() == small.max()
-        assert are_blank(small[None]).all()
+        assert np.ptp(small) == 0
     assert capfd.readouterr() == ("", "")
 
 
@@ -573,9 +578,9 @@ def tar_of(path: Path, files: list[bytes]) -> Path:
     return write_tar(path, members)
 
 
-def run(shard: Path, out: Path, **images: Any) -> list[dict[str, Any]]:
+def run(shard: Path, out: Path, update: bool = False, **images: Any) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = (
-        memfilter.run([str(shard)], out, Config.parse({"images": images}), 1).table().to_pylist()
+        memfilter.run([str(shard)], out, Config.parse({"images": images}), 1, update=update).table().to_pylist()
     )
     return found
 
@@ -589,9 +594,8 @@ def test_different_icons_that_are_all_in_their_alpha_are_kept(encoder: str | Non
     files = [encoded(icon(seed), format) for seed in range(12) for format in ("PNG", "WEBP")[seed % 2 :][:1]]
     shard = tar_of(tmp_path / "in" / "0.tar", files)
     assert actions(run(shard, tmp_path / "out", encoder=encoder)) == ["keep"] * 12
-    on_black = run(shard, tmp_path / "black", encoder=encoder, ground="black")
-    assert sorted(actions(on_black)) == ["drop"] * 11 + ["keep"]
-    assert {row["match_method"] for row in on_black} == {"blank", None}
+    # on black, as they are, they would not be seen
+    assert actions(run(shard, tmp_path / "black", encoder=encoder, ground="black")) == ["keep"] * 12
 
 
 @pytest.mark.parametrize("encoder", [None, "builtin"])
@@ -618,8 +622,11 @@ def test_another_ground_signs_again_and_is_refused_without_the_pixels(tmp_path: 
         memfilter.rethreshold(tmp_path / "out", path, 1)
     path.write_text(yaml.safe_dump({"images": {"ground": "#FFF"}}))
     assert memfilter.rethreshold(tmp_path / "out", path, 1).counts["keep"] == 3
-    again = run(shard, tmp_path / "out", encoder=None, ground="black")
-    assert sorted(actions(again)) == ["drop", "drop", "keep"]
+    (signatures,) = (tmp_path / "out").glob("**/signatures/*.parquet")
+    before = pq.read_table(signatures, columns=["picture"]).column(0).to_pylist()
+    assert actions(run(shard, tmp_path / "out", True, encoder=None, ground="#808080")) == ["keep"] * 3
+    after = pq.read_table(signatures, columns=["picture"]).column(0).to_pylist()
+    assert all(one != other for one, other in zip(before, after, strict=True))
 
 
 def test_an_online_filter_composes_alike() -> None:

@@ -19,11 +19,11 @@ def flat(level: int, side: int, quality: int = 90) -> bytes:
 
 
 def placeholder(side: int) -> bytes:
-    image = Image.new("RGB", (side, side), (238,) * 3)
+    image = Image.new("RGB", (280, 280), (238,) * 3)
     draw = ImageDraw.Draw(image)
-    draw.rectangle((4, 4, side - 5, side - 5), outline=(120,) * 3, width=3)
-    draw.text((side // 8, side // 2), "IMAGE NOT AVAILABLE", fill=(120,) * 3, font_size=side // 12)
-    return encoded(image)
+    draw.rectangle((4, 4, 275, 275), outline=(120,) * 3, width=3)
+    draw.text((35, 140), "IMAGE NOT AVAILABLE", fill=(120,) * 3, font_size=23)
+    return encoded(image.resize((side, side), Image.Resampling.LANCZOS))
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,43 @@ def test_the_ten_largest_groups_are_told_and_no_control_code_with_them(manifest:
     assert f"largest   13 x 00000.tar picture12-00 (1 caption) [31m{words(32)} of a series\n" in text
     assert f"\n          5 x blank 00000.tar white4 (5 captions) {words(4)}\n" in text
     assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+def test_many_copies_that_are_not_byte_for_byte_equal_are_doubted(copies: int, tmp_path: Path) -> None:
+    members = [*sample("exact", encoded(picture(0)), "a")]
+    for i in range(9):
+        members += sample(f"p{i}", encoded(picture(i)), "a")
+    for i in range(copies):
+        members += sample(f"c{i}", encoded(picture(i), quality=70), "a")
+    write_tar(tmp_path / "data" / "0.tar", members)
+    info = memfilter.run([str(tmp_path / "data")], tmp_path / "out", workers=1).info
+    assert info["found"]["inexact_dropped"] == copies
+    found = [line for line in lines(info, "out") if line.startswith("look ")]
+    # 2 of 12 are under a fifth, 3 of 13 are over it
+    assert found == ["look      3 of 13 samples (23%) are dropped as copies of other files"][: copies - 2]
+
+
+@pytest.mark.parametrize(("captions", "doubted"), [(30, True), (20, False)])
+def test_a_large_group_of_many_captions_is_doubted(captions: int, doubted: bool, tmp_path: Path) -> None:
+    members = [sample(f"{i:03}", encoded(picture(1), quality=40 + i), words(i % captions)) for i in range(52)]
+    members += [sample(f"other{i:03}", encoded(picture(2 + i)), words(60 + i)) for i in range(210)]
+    write_tar(tmp_path / "data" / "0.tar", [member for each in members for member in each])
+    info = memfilter.run([str(tmp_path / "data")], tmp_path / "out", workers=1).info
+    found = [line for line in lines(info, "out") if line.startswith("look ")]
+    keeper = info["found"]["largest_groups"][0]["key"]
+    assert found == [f"look      52 samples joined 0.tar {keeper} with 30 different captions"][: int(doubted)]
+
+
+@pytest.mark.parametrize("captions", [0, 1])
+def test_a_large_group_without_captions_is_not_doubted(captions: int, tmp_path: Path) -> None:
+    members = [sample(f"{i:03}", encoded(picture(1), quality=40 + i), "a" if i < captions else None) for i in range(52)]
+    members += [sample(f"other{i:03}", encoded(picture(2 + i)), None) for i in range(210)]
+    write_tar(tmp_path / "data" / "0.tar", [member for each in members for member in each])
+    info = memfilter.run([str(tmp_path / "data")], tmp_path / "out", workers=1).info
+    assert info["found"]["largest_groups"][0]["count"] == 52
+    assert info["found"]["doubtful_groups"] == []
+    assert not [line for line in lines(info, "out") if line.startswith("look ")]
 
 
 def test_without_copies_there_is_no_largest_group(tmp_path: Path) -> None:

@@ -13,14 +13,15 @@ from ..images import Frame
 from .builtin import Builtin
 
 UNCALIBRATED = 0.95
-"""The cosine at which images are copies for an encoder with which nobody has measured it: a cautious one."""
+"""The cosine from which images are candidates for an encoder with which nobody has measured it: a cautious one."""
 
 
 class Encoder(Protocol):
     """What a stage needs of an image encoder; each of the properties may be a plain attribute.
 
     One that has a `gain` besides, as the built-in one, takes the alignment of thumbnails into account: two images are
-    copies where their cosine and `gain` times the evidence of their alignment come to `similarity` or more.
+    candidates where their cosine and `gain` times the evidence of their alignment come to `similarity` or more.
+    Candidates are compared in detail, which decides.
     """
 
     side: int
@@ -43,7 +44,7 @@ class Encoder(Protocol):
 
     @property
     def similarity(self) -> float | None:
-        """The cosine at or above which two images are copies, None where nobody has measured it."""
+        """The cosine from which two images are compared in detail, None where nobody has measured it."""
         ...
 
     def encode(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

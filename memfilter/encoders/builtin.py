@@ -24,7 +24,7 @@ class Builtin:
     side = 64
     frame = None
     dim = 256
-    similarity = 0.94
+    similarity = 0.7  # with what alignment adds, from which two images are compared in detail
     gain = 0.9
 
     @cached_property
