@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,6 @@ from .edges import similarity
 from .encoders import image_encoder
 from .errors import RunError
 from .records import JUDGED, Floats, Ints, Samples, voids
-from .signatures import codecs, instruction_set
 from .store import Store, done, read_table, write_table
 
 _CHUNK = 64  # pairs whose pictures are held by a thread, at 196 kB each
@@ -45,8 +43,8 @@ class Judge:
         self.gain = getattr(encoder, "gain", 0.0)
         self.similarity = similarity(config)
         self.threshold = config.images.match_threshold
-        by = {**codecs(), "simplejpeg": version("simplejpeg"), "numba": version("numba"), "cpu": instruction_set()}
-        self.key = digest_of(["scores-2", inputs, comparison.identity(), METHOD, by])
+        # not the processor or a library: a finished run stays as it is where these are others
+        self.key = digest_of(["scores-2", inputs, comparison.identity(), METHOD])
         self._asked: list[pa.Table] = []
         self._written = time.monotonic()
 
