@@ -53,7 +53,8 @@ def test_captions_for_calibration_are_of_both_kinds_and_unseen() -> None:
 
 def test_every_planted_copy_is_found_and_nothing_else_joined(shown: tuple[Path, list[str]]) -> None:
     _, lines = shown
-    for kind in ("exact copy", "re-encoded at quality 40", "resized to half", "cropped by 2% a side", "corrupt"):
+    edits = ("re-encoded at quality 40", "resized to half", "cropped by 2% a side", "in a black frame")
+    for kind in ("exact copy", *edits, "corrupt"):
         planted, found, *_ = figures(lines, kind)
         assert planted == found
     assert figures(lines, "repeated pair")[:2] == [960, 960]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 SEED = 20231
 PAIRS = 40
@@ -57,7 +57,7 @@ IMAGE_KINDS: dict[str, Edit] = {
         image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
     ),
     "cropped by 2% a side": _crop,
-    "brightened by 12%": lambda image: jpeg(ImageEnhance.Brightness(image).enhance(1.12)),
+    "in a black frame": lambda image: jpeg(ImageOps.expand(image, 10, "black")),
 }
 
 
