@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 from environment import run_measured, write_result
+from memory import photos
 from PIL import Image, ImageEnhance
 
 from memfilter import Config, Manifest
@@ -106,14 +107,6 @@ def others(data: Path, wanted: int) -> Iterator[bytes]:
             if len(seen) <= wanted and photo not in seen:
                 seen.add(photo)
                 yield photo
-
-
-def photos(folder: Path) -> Iterator[bytes]:
-    for path in sorted(folder.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name.endswith(".jpg") and (file := tar.extractfile(member)):
-                    yield file.read()
 
 
 def write(folder: Path, images: Iterator[bytes]) -> None:

@@ -44,7 +44,7 @@ OFTEN = ("mirror", "mirror_crop", "hue_saturation", "tint", "duotone", "grey")  
 NEAR, RADIUS = 0.45, 6  # cosine and bits of a candidate
 COPIES = (24, 4)  # of a photo, and of a small one
 UNLIKE = {"openclipart-stars": 9}
-"""Weight of the unlike pairs of a set, 1 that of its copies: 9 for drawn series that differ in little, else 3."""
+"""Weight of the unlike pairs of a set, 1 that of its copies: 9 for a series that is close, 4 for documents, else 3."""
 WEIGHT = {"photos": 3, "openclipart-stars": 0.5, "signal": 0.2}
 """Weight of a set's pairs, else 1: less for what is only there to tell series apart."""
 SERIES = {"ledger": 96, "signal": 240}

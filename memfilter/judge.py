@@ -23,7 +23,7 @@ from .edges import similarity
 from .encoders import image_encoder
 from .errors import RunError
 from .records import JUDGED, Floats, Ints, Samples, voids
-from .store import Store, done, read_table, write_table
+from .store import Store, done, read_table, replacing, write_table
 
 _CHUNK = 64  # pairs whose pictures are held by a thread, at 196 kB each
 _KEPT_AFTER = 60.0  # seconds of work that a kill may cost
@@ -185,8 +185,13 @@ class _Shown:
     def __init__(self, samples: Samples, store: Store, rows: Ints, has_embeddings: bool) -> None:
         self._store, self._paths = store, (store.edges / "pictures.bin", store.edges / "embeddings.bin")
         ends, columns = [np.zeros(1, np.int64)], ["picture", *(["embedding"] if has_embeddings else [])]
-        store.edges.mkdir(parents=True, exist_ok=True)
-        with open(self._paths[0], "wb") as pictures, open(self._paths[1], "wb") as embeddings:
+        # by another name first: what lies at the path may be a link to somebody's file
+        with (
+            replacing(self._paths[0]) as one,
+            replacing(self._paths[1]) as other,
+            open(one, "wb") as pictures,
+            open(other, "wb") as embeddings,
+        ):
             for shard, first, end in zip(samples.shards, samples.first, samples.first[1:], strict=False):
                 start, stop = np.searchsorted(rows, [first, end])
                 if stop > start:

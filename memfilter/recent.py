@@ -58,6 +58,10 @@ class Recent:
             self._rows.move_to_end(key)
         return row
 
+    def key(self, row: int) -> bytes:
+        """Return the key of a row."""
+        return self._keys[row]
+
     def touch(self, row: int) -> None:
         """Make the key of this row the most recent."""
         self._rows.move_to_end(self._keys[row])
@@ -181,7 +185,8 @@ def _copies(table: Recent, signature: dict[str, Any], rows: npt.NDArray[Any], th
 
     own = comparison.planes(unpacked(signature["picture"]))
     for row in rows[np.argsort(table["born"][rows])][:_TRIED]:
-        shown = np.stack([comparison.planes(unpacked(table["picture"][row].tobytes())), own])
+        pair = [comparison.planes(unpacked(table["picture"][row].tobytes())), own]
+        shown = np.stack(pair if table.key(row) <= signature["digest"] else pair[::-1])  # in the order of a run
         if comparison.compared(shown)[0] >= np.float32(threshold):
             return np.array([row])
     return rows[:0]

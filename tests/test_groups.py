@@ -664,6 +664,21 @@ def test_a_heavy_group_costs_about_one_comparison_a_copy_and_lists_no_square_of_
     assert 2999 <= len(judged) < 3100
 
 
+def test_what_a_link_in_the_run_directory_names_is_not_written_to(tmp_path: Path) -> None:
+    (tmp_path / "somebody's").write_text("precious")
+    store = Store(tmp_path / "run")
+    samples = load_samples(write_parts([rows_of(Image(0, 0, 0), Image(1, 0, 0))], store), store)
+    store.edges.mkdir(exist_ok=True)
+    for name in ("pictures.bin", "embeddings.bin"):
+        (store.edges / name).symlink_to(tmp_path / "somebody's")
+    candidates = find_candidates(samples, store, STRICT)
+    captions, caption = distinct_captions(samples, store)
+    group(samples, candidates, caption, caption_keepers(samples, captions, caption, store, STRICT), store, STRICT)
+    assert read_table(store.edges / "scores.parquet").num_rows == 1
+    assert (tmp_path / "somebody's").read_text() == "precious"
+    assert not (store.edges / "pictures.bin").is_symlink()
+
+
 def test_in_a_crowd_of_unlike_pictures_a_copy_is_tried_first_of_those_that_are_near_and_of_its_hash() -> None:
     n, nothing = 400, np.empty(0, np.int64)
     near = np.array([150])  # of the last one
