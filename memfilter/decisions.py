@@ -31,6 +31,11 @@ def decide(
     one; the same image is the image policies' affair.  The sample kept in a copy's place may itself be dropped under
     another policy.
 
+    Where an image group's keeper is masked or dropped for its magnitude, its heir is kept in its stead: the best-ranked
+    copy with an ordinary caption.  The heir takes the pool and is the canonical sample of the others; the keeper has
+    the pool weight 0.  So no image is lost to two policies, and none whose copies go trains twice.  Without an heir, a
+    masked keeper may train on its pool.
+
     `general` holds of each distinct caption the general one that joins the pools of its samples, null for none.
     """
     good, rows = samples.good, np.arange(len(samples))
@@ -38,10 +43,10 @@ def decide(
     if scores is not None and threshold is not None:
         over, memorized = (magnitude >= np.float32(threshold) for magnitude in (scores.captions, scores.samples))
 
-    image_copy = groups.image_group != rows
-    full_copy = _best_with_both(groups) != rows
-    partial_copy = image_copy & (groups.caption_group != groups.caption_group[groups.image_group])
-    by_image = np.maximum(full_copy * _ACTION[policy.full], partial_copy * _ACTION[policy.partial])
+    ordinary = ~(memorized | np.append(over, False)[groups.caption])  # a bad sample's caption is -1
+    stands = _standing(groups, memorized & (_ACTION[policy.magnitude] > KEEP), ordinary)
+    replaced = (groups.image_group == rows) & (stands != rows)
+    by_image = np.where(stands == rows, KEEP, _by_image(groups, policy))
     action = np.maximum(by_image, memorized * _ACTION[policy.magnitude])
     spared = _spared(groups, action)[groups.caption_group]
     caption_copy = good & (groups.caption_count > 1) & (spared != rows)
@@ -52,19 +57,29 @@ def decide(
 
     codes = [f"{m}_duplicate" for m in METHODS] + ["caption_duplicate", "magnitude"]
     reasons = [groups.method == i for i in range(len(METHODS))] + [caption_copy, memorized & good]
-    kept = np.where(action == DROP, _in_its_place(groups, action), groups.image_group)
-    canonical = np.where(image_copy, kept, np.where(by_caption, spared, -1))
+    heir = np.where((action == DROP) & ~replaced, _in_its_place(groups, action, stands, replaced), stands)
+    canonical = np.where(stands != rows, heir, np.where(by_caption, spared, -1))
     duplication = np.select(
         [groups.joint_count > 1, groups.image_count > 1, groups.caption_count > 1], [3, 2, 1], 0
     ).astype(np.int8)
     pooled = _nothing(len(samples))
     if policy.pool_captions:
-        pooled = _pool(samples, groups, captions, over, action, general)
+        to = np.where((action == DROP) | replaced, heir, rows)  # a copy that stays keeps its captions to itself
+        pooled = _pool(samples, groups, captions, over, action, to, general)
     weight = _share(groups, policy, action == KEEP)
-    masked_for_caption = (action == MASK) & (by_image == KEEP) & ~by_caption
+    masked_for_caption = (action == MASK) & (by_image == KEEP) & ~by_caption & ~replaced
     pool_weight = _share(groups, policy, (action == KEEP) | masked_for_caption)
     mitigate = (action <= MASK) & _handed_over(groups, policy)
     return Decisions(action, reasons, codes, canonical, duplication, weight, pool_weight, mitigate, pooled)
+
+
+def _by_image(groups: Groups, policy: Policies) -> Ints:
+    """Action of the image policies on each sample."""
+    rows = np.arange(len(groups.rank))
+    full_copy = _best_with_both(groups) != rows
+    partial_copy = groups.caption_group != groups.caption_group[groups.image_group]
+    found: Ints = np.maximum(full_copy * _ACTION[policy.full], partial_copy * _ACTION[policy.partial])
+    return found
 
 
 def _best_with_both(groups: Groups) -> Ints:
@@ -77,15 +92,28 @@ def _best_with_both(groups: Groups) -> Ints:
     return best
 
 
-def _in_its_place(groups: Groups, action: npt.NDArray[np.int8]) -> Ints:
-    """Return of each sample the one of its image that stays in its place, the image's keeper where none does.
+def _standing(groups: Groups, memorized: npt.NDArray[np.bool_], ordinary: npt.NDArray[np.bool_]) -> Ints:
+    """Row that stands for each sample's image: the group's keeper, or the heir of one that is memorized.
 
-    That is the best-ranked with its caption too that is kept or masked, else the best-ranked with another.
+    The heir is the best-ranked ordinary copy.
+    """
+    copies = np.flatnonzero(memorized[groups.image_group] & ordinary)
+    copies = copies[np.argsort(-groups.rank[copies])]
+    stands = np.arange(len(ordinary))
+    stands[groups.image_group[copies]] = copies  # the last, and so the best-ranked, of each image
+    return stands[groups.image_group]
+
+
+def _in_its_place(groups: Groups, action: npt.NDArray[np.int8], stands: Ints, replaced: npt.NDArray[np.bool_]) -> Ints:
+    """Row of the sample of its image that stays in each sample's place; where none does, the one that stands for it.
+
+    That is the best-ranked with its caption too that is kept or masked, else the best-ranked with another.  A keeper
+    that is replaced by its heir stays in nobody's place.
     """
     order = np.lexsort((groups.rank, action))
-    order = order[action[order] <= MASK]
+    order = order[(action[order] <= MASK) & ~replaced[order]]
     of_image, first = np.unique(groups.image_group[order], return_index=True)
-    heir = np.arange(len(action))
+    heir = stands.copy()
     heir[of_image] = order[first]
     both = groups.image_group * len(action) + groups.caption_group
     pairs, first = np.unique(both[order], return_index=True)
@@ -142,13 +170,14 @@ def _pool(
     captions: pa.Table,
     over: npt.NDArray[np.bool_],
     action: npt.NDArray[np.int8],
+    to: Ints,
     general: pa.Array | None,
 ) -> pa.ListArray:
-    """Return of each kept or masked sample its own captions and those of its dropped copies, without the memorized.
+    """Return of each kept or masked sample its own captions and those that come `to` it, without the memorized.
 
-    Null where there was nothing to pool.  A sample's own caption comes first, then its json's `captions`, then its
-    copies' in the order of their rank, and the general form of its own caption last.  Captions without a visible
-    character are not pooled.
+    Null where there was nothing to pool.  A sample's own caption comes first, then its json's `captions`, then the
+    others' in the order of their rank, and the general form of its own caption last, behind that of a keeper which it
+    replaces.  Captions without a visible character are not pooled.
     """
     n = len(samples)
     texts, rewritten = _with_general(captions["text"].combine_chunks().cast(pa.large_string()), general)
@@ -160,15 +189,15 @@ def _pool(
     listed_caption = pc.index_in(pc.list_flatten(lists), texts).to_numpy().astype(np.int64)
     source = np.concatenate([own, listed])
     caption = np.concatenate([groups.caption[own], listed_caption])
-    # a copy that is not dropped keeps its captions to itself
-    target = np.where(action[source] == DROP, _in_its_place(groups, action)[source], source)
+    target = to[source]
     place = np.concatenate([np.zeros(len(own), np.int64), 1 + np.arange(len(listed))])
     turn = np.where(source == target, -1, groups.rank[source])
     if len(captions):
         flagged = own[rewritten[groups.caption[own]] >= 0]
-        source, target = np.append(source, flagged), np.append(target, flagged)
+        heir = np.where(action[flagged] == DROP, flagged, to[flagged])
+        source, target = np.append(source, flagged), np.append(target, heir)
         caption = np.append(caption, rewritten[groups.caption[flagged]])
-        place, turn = np.append(place, np.ones(len(flagged), np.int64)), np.append(turn, np.full(len(flagged), n))
+        place, turn = np.append(place, 1 + (heir == flagged)), np.append(turn, np.full(len(flagged), n))
 
     has_pool = np.zeros(n, bool)
     has_pool[target[(target != source) | (place > 0)]] = True

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from .config import Generalise, digest_of
 from .errors import ConfigError, RunError
-from .records import GENERALISED, MASK, Decisions, Ints, Samples, Scores
+from .records import GENERALISED, Decisions, Scores
 from .rewriters import Answer, Rewriter
 from .store import Store, done, read_digest, read_note, read_table, replacing, write_table
 
@@ -140,8 +140,6 @@ def general_captions(
 def outcome(
     generalised: pa.Table | None,
     general: pa.Array | None,
-    samples: Samples,
-    caption: Ints,
     decisions: Decisions,
     store: Store,
 ) -> dict[str, Any] | None:
@@ -152,7 +150,7 @@ def outcome(
         return None
     note = read_note(store.at(store.generalised))
     rewritten = len(generalised) - generalised["general"].null_count
-    pooled = samples.good & (decisions.action <= MASK) & decisions.pooled.is_valid().to_numpy(zero_copy_only=False)
+    texts, rows = pc.list_flatten(decisions.pooled), pc.list_parent_indices(decisions.pooled)
     has_general = general.is_valid().to_numpy(zero_copy_only=False)
     return {
         "by": note["by"],
@@ -162,5 +160,5 @@ def outcome(
         "rewritten": rewritten,
         "failed": dict(sorted(Counter(generalised["cause"].drop_null().to_pylist()).items())),
         "over_threshold": rewritten - int(has_general.sum()),
-        "pools": int(has_general[caption[pooled]].sum()),
+        "pools": len(pc.unique(rows.filter(pc.is_in(texts, general.drop_null().cast(texts.type))))),
     }

@@ -5,6 +5,7 @@ All are picklable callables.  The look-up file is opened in the process that fir
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ConfigError
+from .errors import ConfigError, InputError
 from .manifest import Manifest, path_of
 
 _log = logging.getLogger(__name__)
@@ -109,7 +110,10 @@ class Attach(_Weights):
             yield {**sample, **self._found(sample)} if "__key__" in sample else sample
 
     def _found(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a sample gets: `loss_weight` and, where they are asked for, `mitigate` and `captions`."""
+        """Return what a sample gets: `loss_weight` and, where they are asked for, `mitigate` and `captions`.
+
+        With pools, a memorized caption that would train gives way to the first of the pool.
+        """
         if "__url__" not in sample:
             raise ConfigError("a sample has no __url__; put attach() right after the shards are read, before any map")
         shard, key = self._shard(sample["__url__"]), sample["__key__"]
@@ -123,12 +127,32 @@ class Attach(_Weights):
         if self.mitigates:
             found["mitigate"] = self.manifest.lookup.mitigate(place)
         if self.captions == "pool":
-            pooled = self.manifest.row(shard, key)["captions"]
+            row = self.manifest.row(shard, key)
+            pooled = row["captions"]
             if pooled is not None:
                 found["captions"] = pooled
             if pooled or weight:
                 weight = self.manifest.lookup.weight(place, pooled=True)
+            if pooled and weight and "magnitude" in row["reasons"]:
+                found |= self._captioned(sample, pooled[0])
         return {"loss_weight": earlier * weight, **found}
+
+    def _captioned(self, sample: Mapping[str, Any], text: str) -> dict[str, Any]:
+        """Member that holds a sample's caption, with this text in its place; bytes, text or a json as it came."""
+        settings = self.manifest.info["config"]["input"]
+        suffix, field = settings["caption"], settings["caption_field"]
+        old = sample.get(suffix, b"")
+        if suffix == "txt":
+            return {suffix: text if isinstance(old, str) else text.encode()}
+        try:
+            fields = json.loads(old or "{}") if isinstance(old, str | bytes) else old
+            changed = {**fields, field: text}
+        except (ValueError, RecursionError, TypeError) as e:
+            where = f"{sample['__url__']}: sample {sample['__key__']!r}"
+            raise InputError(f"{where}: its json is no object, and not what the run read; run again") from e
+        if isinstance(old, bytes):
+            return {suffix: json.dumps(changed).encode()}
+        return {suffix: json.dumps(changed) if isinstance(old, str) else changed}
 
 
 def carried_weight(sample: Mapping[str, Any]) -> float:

@@ -386,9 +386,10 @@ class Manifest:
         A sample that the manifest does not know raises KeyError, or passes with weight 1 under `missing="keep"`:
         `unknown` of the stage counts those of this process, and a warning tells the first, tenth, hundredth and so on.
         With `captions="pool"`, samples with pooled captions get them as `sample["captions"]`, and one that is masked
-        for its own caption's magnitude alone trains on them.  Where a policy hands samples over to caption mitigation,
-        `sample["mitigate"]` tells whether this is one.  `pipes` maps URLs that tell no shard, as those of `pipe:`, to
-        shard names; a name that is none of the manifest's raises ConfigError.
+        for its own caption's magnitude alone trains on them: the first stands in place of its caption, in the member
+        that `input.caption` names (of a json, in its field).  Without any its weight stays 0.  Where a policy hands
+        samples over to caption mitigation, `sample["mitigate"]` tells whether this is one.  `pipes` maps URLs that tell
+        no shard, as those of `pipe:`, to shard names; a name that is none of the manifest's raises ConfigError.
         """
         from .loader import Attach
 

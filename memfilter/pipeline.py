@@ -196,7 +196,7 @@ def _decide(job: _Job) -> _Decided:
     general = general_captions(rewritten, captions, scores, limit)
     decisions = decide(samples, groups, captions, scores, limit, config.policy, general)
     about = _about(samples, decisions, scores, limit, job)
-    about["generalised"] = outcome(rewritten, general, samples, caption, decisions, store)
+    about["generalised"] = outcome(rewritten, general, decisions, store)
     about["generality"] = generality_outcome(generality, caption[samples.good], captions, rewritten)
     about["found"] = statistics(samples, groups, decisions, scores, store)
     manifest.write_parts(store, samples, groups, decisions, scores, generality, config.input.uid_field is not None)

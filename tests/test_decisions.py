@@ -38,6 +38,7 @@ class Case:
     magnitude: dict[str, float] = field(default_factory=dict)
     threshold: float | None = THRESHOLD
     policy: Policies = field(default_factory=Policies)
+    own: dict[int, float] = field(default_factory=dict)  # magnitudes of rows that are scored with their images
 
     def __post_init__(self) -> None:
         n = len(self.rows)
@@ -68,7 +69,7 @@ def group_name(row: Row) -> object:
     return row.caption.casefold() or object()
 
 
-def decided(case: Case) -> Decisions:
+def decided(case: Case, general: dict[str, str] | None = None) -> Decisions:
     n = len(case.rows)
     good = [case.is_good(i) for i in range(n)]
     schema = signature_schema(0)
@@ -99,9 +100,11 @@ def decided(case: Case) -> Decisions:
     )
     magnitudes = np.array([case.magnitude.get(t, 0) for t in case.texts], np.float32)
     of_samples = np.append(magnitudes, np.float32(np.nan))[caption]
+    of_samples[list(case.own)] = list(case.own.values())
     scores = Scores(magnitudes, of_samples, of_samples, {})
     captions = pa.table({"text": pa.array(case.texts, pa.large_string())})
-    return decide(samples, groups, captions, scores, case.threshold, case.policy)
+    forms = pa.array([general.get(t) for t in case.texts], pa.large_string()) if general else None
+    return decide(samples, groups, captions, scores, case.threshold, case.policy, forms)
 
 
 def counts(names: list[object] | list[int] | list[tuple[int, int]]) -> np.ndarray:
@@ -130,9 +133,23 @@ def pair(case: Case, i: int) -> tuple[int, int]:
     return case.keeper[i], case.caption_keeper[i]
 
 
+def heir(case: Case, i: int) -> int | None:
+    """Return the copy that takes the place of a sample's keeper: of one over the threshold the best copy below it."""
+    if SEVERITY[case.policy.magnitude] == 0 or not case.is_over(case.rows[case.keeper[i]].caption):
+        return None
+    copies = [j for j in case.order if case.is_copy(j) and case.keeper[j] == case.keeper[i]]
+    return next((j for j in copies if not case.is_over(case.rows[j].caption)), None)
+
+
+def is_replaced(case: Case, i: int) -> bool:
+    return not case.is_copy(i) and heir(case, i) is not None
+
+
 def before_captions(case: Case, i: int) -> int:
     """Return how hard the image and magnitude policies are on a sample."""
     policy = case.policy
+    if heir(case, i) == i:
+        return 0
     same_pair = [j for j in case.order if pair(case, j) == pair(case, i)]
     is_partial = case.is_copy(i) and case.caption_keeper[case.keeper[i]] != case.caption_keeper[i]
     return max(
@@ -158,28 +175,35 @@ def reference(case: Case) -> list[tuple[str, list[str], int]]:
         severity, why, canonical = before_captions(case, i), [], -1
         if case.is_copy(i):
             why.append(f"{METHODS[case.method[i]]}_duplicate")
-        stays = spared(case, i)
+        stays = spared(case, i)  # of its captions
         if stays != i:
             why.append("caption_duplicate")
             harm = SEVERITY[case.policy.caption_duplicate] if case.keeper[stays] != case.keeper[i] else 0
             severity = max(severity, harm)
-            if not case.is_copy(i) and harm:
+            if stands(case, i) == i and harm:
                 canonical = stays
         if case.is_over(row.caption):
             why.append("magnitude")
         found.append((ACTION[severity], why, canonical))
     action = [a for a, _, _ in found]
     return [
-        (a, why, in_its_place(case, i, action) if case.is_copy(i) else canonical)
+        (a, why, in_its_place(case, i, action) if stands(case, i) != i else canonical)
         for i, (a, why, canonical) in enumerate(found)
     ]
+
+
+def stands(case: Case, i: int) -> int:
+    """Return the sample that stands for a sample's image."""
+    found = heir(case, i)
+    return case.keeper[i] if found is None else found
 
 
 def in_its_place(case: Case, i: int, action: list[str]) -> int:
     """Return the sample that a dropped copy leaves the place to: kept before masked, with its own caption if any is."""
     stay = [j for a in ("keep", "mask") for j in case.order if action[j] == a and case.keeper[j] == case.keeper[i]]
+    stay = [j for j in stay if not is_replaced(case, j)]
     stay.sort(key=lambda j: pair(case, j) != pair(case, i))
-    return stay[0] if stay and action[i] == "drop" else case.keeper[i]
+    return stay[0] if stay and action[i] == "drop" and not is_replaced(case, i) else stands(case, i)
 
 
 def duplication(case: Case, i: int) -> str:
@@ -201,14 +225,15 @@ def duplication(case: Case, i: int) -> str:
 
 
 def pool(case: Case, i: int, action: list[str]) -> list[str] | None:
-    """Return the pooled captions: own, own json's, then each dropped copy's by rank; null with nothing to pool."""
-    if not case.policy.pool_captions or action[i] not in ("keep", "mask"):
+    """Return the pooled captions: own, own json's, then by rank those of each that gives its own; null with none."""
+    if not case.policy.pool_captions or action[i] not in ("keep", "mask") or is_replaced(case, i):
         return None
-    dropped = [j for j in case.order if action[j] == "drop" and case.is_good(j) and in_its_place(case, j, action) == i]
-    if not dropped and not case.rows[i].captions:
+    giving = [j for j in case.order if case.is_good(j) and (action[j] == "drop" or is_replaced(case, j))]
+    giving = [j for j in giving if in_its_place(case, j, action) == i]
+    if not giving and not case.rows[i].captions:
         return None
     found: list[str] = []
-    for j in (i, *dropped):
+    for j in (i, *giving):
         for text in (case.rows[j].caption, *case.rows[j].captions):
             if text and text not in found and not case.is_over(text):
                 found.append(text)
@@ -279,7 +304,9 @@ def test_weights_and_mitigation_follow_the_policy_of_each_kind(case: Case) -> No
         weighted = [members for p, members, has_part in kinds if has_part and p == "down_weight"]
         share = 1 / max([1, *(sum(action[j] == "keep" for j in members) for members in weighted)])
         assert found.weight[i] == np.float32(share if action[i] == "keep" else 0)
-        if not weighted and action[i] == "mask":
+        if is_replaced(case, i):
+            assert found.pool_weight[i] == 0
+        elif not weighted and action[i] == "mask":
             # without its caption's magnitude it would not be masked, though another might be spared then
             assert found.pool_weight[i] in (0, 1)
             assert (
@@ -326,6 +353,29 @@ def test_every_group_of_images_keeps_its_keeper_unless_its_caption_goes(case: Ca
     for i in set(case.keeper):
         if case.is_good(i) and action[i] != "keep":
             assert set(why[i]) & {"caption_duplicate", "magnitude"}
+
+
+def in_training(found: Decisions, pooled: bool) -> list[bool]:
+    """Tell which samples train, on their own captions or on their pools, as a loader decides it."""
+    pools = found.pooled.to_pylist()
+    by_pool = [bool(p and w) for p, w in zip(pools, found.pool_weight, strict=True)]
+    return [bool(w) or (pooled and p) for w, p in zip(found.weight, by_pool, strict=True)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases(), POLICY.filter(HARM.get), st.booleans())
+def test_every_image_trains_once_if_it_has_an_ordinary_caption_and_never_twice(
+    case: Case, policy: str, pooled: bool
+) -> None:
+    case.policy = Policies(image_duplicate=policy, magnitude=case.policy.magnitude, pool_captions=pooled)  # type: ignore[arg-type]
+    found = decided(case)
+    for keeper in set(case.keeper):
+        members = [i for i in range(len(case.rows)) if case.keeper[i] == keeper]
+        captions = [case.rows[i].caption for i in members if case.is_good(i)]
+        for trains in (in_training(found, False), in_training(found, True)):
+            assert sum(trains[i] for i in members) <= 1
+            if captions and (case.policy.magnitude == "record" or not all(map(case.is_over, captions))):
+                assert sum(trains[i] for i in members) == 1
 
 
 # -- one by one -------------------------------------------------------------------------------------------------------
@@ -420,14 +470,75 @@ def test_a_pooled_caption_stands_once() -> None:
 
 
 def test_no_memorized_and_no_empty_caption_is_pooled() -> None:
-    rows = [Row(0, "m", ("", "b")), Row(0, "", ("m", "c")), Row(0, "n")]
-    assert pooled(*rows, magnitude={"m": 0.5, "n": 0.9}) == [["b", "c"], None, None]
+    rows = [Row(0, "m", ("", "b")), Row(0, "o", ("m", "c")), Row(0, "n")]
+    assert pooled(*rows, magnitude={"m": 0.5, "n": 0.9, "o": 0.7}) == [["b", "c"], None, None]
+    assert pooled(Row(0, "a"), Row(0, "", ("c",))) == [["a", "c"], None]
 
 
-def test_the_memorized_caption_of_a_masked_keeper_leaves_the_safe_ones_of_its_copies() -> None:
-    found = decided(case_of(Row(0, "m"), Row(0, "safe"), magnitude={"m": 1.0}))
+# -- the heir of a memorized keeper -----------------------------------------------------------------------------------
+
+# the keeper and its best-ranked copy are memorized
+KEYS = (Row(0, "key", ("k",)), Row(0, "lock", ("l",)), Row(0, "fine", ("f",)), Row(0, "KEY"), Row(0, "more"))
+MEMORIZED = {"key": 0.5, "lock": 0.9}
+
+
+@pytest.mark.parametrize("image", ["mask", "drop"])
+@pytest.mark.parametrize("magnitude", ["mask", "drop"])
+def test_the_best_ranked_copy_with_an_ordinary_caption_is_kept_for_a_memorized_keeper(
+    image: str, magnitude: str
+) -> None:
+    policy = Policies(image_duplicate=image, magnitude=magnitude)  # type: ignore[arg-type]
+    found = decided(case_of(*KEYS, magnitude=MEMORIZED, policy=policy))
+    second = "drop" if "drop" in (image, magnitude) else "mask"
+    assert actions(found) == [magnitude, second, "keep", image, image]
+    why = [{*codes} - {"caption_duplicate"} for codes in reasons(found)]
+    assert why[:3] == [{"magnitude"}, {"hash_duplicate", "magnitude"}, {"hash_duplicate"}]
+    assert found.canonical.tolist() == [2, 2, -1, 2, 2]
+    assert found.weight.tolist() == found.pool_weight.tolist() == [0, 0, 1, 0, 0]
+    pools = found.pooled.to_pylist()
+    from_second, from_others = (["l"] if second == "drop" else []), (["KEY", "more"] if image == "drop" else [])
+    assert pools[2] == ["fine", "f", "k", *from_second, *from_others]
+    assert pools[0] is None
+
+
+def test_a_memorized_keeper_without_an_ordinary_copy_trains_on_its_pool() -> None:
+    rows = (Row(0, "key", ("k",)), Row(0, "lock", ("l",)))
+    found = decided(case_of(*rows, magnitude=MEMORIZED))
     assert actions(found) == ["mask", "drop"]
-    assert found.pooled.to_pylist() == [["safe"], None]
+    assert found.canonical.tolist() == [-1, 0]
+    assert found.pooled.to_pylist() == [["k", "l"], None]
+    assert (found.weight.tolist(), found.pool_weight.tolist()) == ([0, 0], [1, 0])
+
+
+def test_a_copy_under_a_memorized_caption_is_no_heir_whatever_its_own_pair_measures() -> None:
+    case = case_of(Row(0, "key"), Row(0, "key"), Row(0, "fine"), magnitude=MEMORIZED, own={1: 0.1, 2: 0.7})
+    assert actions(decided(case)) == ["mask", "drop", "drop"]
+    case.own = {1: 0.1}
+    assert actions(decided(case)) == ["mask", "drop", "keep"]
+
+
+def test_a_keeper_whose_magnitude_is_recorded_has_no_heir() -> None:
+    found = decided(case_of(*KEYS, magnitude=MEMORIZED, policy=Policies(magnitude="record")))
+    assert actions(found) == ["keep", "drop", "drop", "drop", "drop"]
+    assert found.pooled.to_pylist()[0] == ["k", "l", "fine", "f", "KEY", "more"]
+
+
+def test_an_heir_is_the_one_that_its_caption_group_keeps() -> None:
+    policy = Policies(caption_duplicate="drop")
+    found = decided(case_of(Row(0, "key"), Row(0, "cat"), Row(1, "Cat"), policy=policy, magnitude=MEMORIZED))
+    assert actions(found) == ["mask", "keep", "drop"]
+    assert found.canonical.tolist() == [1, -1, 1]
+
+
+def test_the_general_form_of_a_memorized_keepers_caption_goes_to_its_heir() -> None:
+    general = {"key": "a thing", "fine": "a fine thing"}
+    found = decided(case_of(*KEYS[:3], magnitude=MEMORIZED), general)
+    assert found.pooled.to_pylist() == [None, None, ["fine", "f", "k", "l", "a thing", "a fine thing"]]
+
+
+def test_no_sample_at_all_is_decided() -> None:
+    found = decided(case_of())
+    assert (actions(found), found.canonical.tolist(), found.pooled.to_pylist()) == ([], [], [])
 
 
 @pytest.mark.parametrize("policy", ["record", "mask"])
@@ -489,10 +600,19 @@ def test_a_kind_is_weighted_down_by_its_own_count(policy: dict[str, str], weight
 
 def test_a_sample_masked_for_its_caption_alone_trains_on_its_pool_with_the_weight_that_it_would_have() -> None:
     policy = Policies(image_duplicate="down_weight")
-    found = decided(case_of(Row(0, "key"), Row(0, "other"), Row(1, "key"), magnitude={"key": 1.0}, policy=policy))
-    assert actions(found) == ["mask", "keep", "mask"]
-    assert found.weight.tolist() == [0, 1, 0]
+    rows = (Row(0, "fine"), Row(0, "key"), Row(1, "key"))
+    found = decided(case_of(*rows, magnitude={"key": 1.0}, policy=policy))
+    assert actions(found) == ["keep", "mask", "mask"]
+    assert found.weight.tolist() == [1, 0, 0]
     assert found.pool_weight.tolist() == [0.5, 0.5, 1]
+
+
+def test_a_memorized_keeper_has_no_share_of_what_its_copies_weigh() -> None:
+    policy = Policies(image_duplicate="down_weight")
+    rows = (Row(0, "key"), Row(0, "fine"), Row(0, "more"))
+    found = decided(case_of(*rows, magnitude={"key": 1.0}, policy=policy))
+    assert found.weight.tolist() == found.pool_weight.tolist() == [0, 0.5, 0.5]
+    assert found.canonical.tolist() == [1, -1, 1]
 
 
 def test_a_dropped_copys_caption_goes_to_the_sample_that_stays_with_its_caption() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from conftest import encoded, picture, sample, write_tar
 from torch.utils.data import DataLoader
 
 import memfilter
-from memfilter import Config, ConfigError, Manifest, RunError
+from memfilter import Config, ConfigError, InputError, Manifest, RunError
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +151,8 @@ def test_a_key_that_is_not_utf8_is_found_by_its_bytes(tmp_path: Path) -> None:
     assert weights(manifest, originals(manifest)) == {"caf\udce9": 1.0}
 
 
-def scored(tmp_path: Path) -> Manifest:
-    """A run's manifest whose keepers' own captions were put over a threshold: written by the same stages."""
+def scored(tmp_path: Path, members: list[tuple[str, bytes]], **settings: Any) -> Manifest:
+    """A run's manifest in which all captions with "key" in them are over a threshold: written by the same stages."""
     from memfilter import manifest as manifests
     from memfilter import pipeline
     from memfilter.caption_groups import caption_keepers
@@ -162,12 +163,8 @@ def scored(tmp_path: Path) -> Manifest:
     from memfilter.store import Store
     from memfilter.summary import statistics
 
-    members = sample("0", encoded(picture(0, 200, 160)), "a key, known by heart") + sample(
-        "1", encoded(picture(0)), "a harmless copy"
-    )
-    members += sample("2", encoded(picture(2)), "another key, known by heart")
     write_tar(tmp_path / "in" / "a.tar", members)
-    config = Config()
+    config = Config.parse({"images": {"encoder": None}, **settings})
     run = memfilter.run([str(tmp_path / "in")], tmp_path / "out", config, workers=1)
     store = Store(run.path)
     samples = load_samples([pipeline.Shard(s["name"], "", s["bytes"]) for s in run.info["shards"]], store)
@@ -183,19 +180,72 @@ def scored(tmp_path: Path) -> Manifest:
     return manifests.finish(store, samples, decisions, about)
 
 
-def test_a_masked_keeper_trains_on_its_pool_and_on_nothing_else(tmp_path: Path) -> None:
-    manifest = scored(tmp_path)
-    rows = {r["key"]: r for r in manifest.table().to_pylist()}
-    assert [rows[k]["action"] for k in "012"] == ["mask", "drop", "mask"]
-    assert [rows[k]["magnitude"] for k in "012"] == [5.0, 0.5, 5.0]
-    assert [rows[k]["captions"] for k in "012"] == [["a harmless copy"], None, None]
-    assert weights(manifest, originals(manifest)) == {"0": 0.0, "1": 0.0, "2": 0.0}
-    assert weights(manifest, originals(manifest), captions="pool") == {"0": 1.0, "1": 0.0, "2": 0.0}
-    stage = manifest.attach(captions="pool")
-    pooled = {
-        s["__key__"]: s.get("captions") for s in wds.WebDataset(originals(manifest), shardshuffle=False).compose(stage)
-    }
-    assert pooled == {"0": ["a harmless copy"], "1": None, "2": None}
+def in_training(manifest: Manifest, member: str, **options: Any) -> dict[str, tuple[float, Any]]:
+    """Return each sample's weight and what stands in a member of it."""
+    data = wds.WebDataset(originals(manifest), shardshuffle=False).compose(manifest.attach(**options))
+    return {s["__key__"]: (s["loss_weight"], s.get(member)) for s in data}
+
+
+LARGE = encoded(picture(0, 200, 160))
+
+
+def test_the_heir_of_a_memorized_keeper_trains_in_its_stead_in_either_mode(tmp_path: Path) -> None:
+    members = sample("0", LARGE, "a key, known by heart") + sample("1", encoded(picture(0)), "a harmless copy")
+    members += sample("2", encoded(picture(0)), "one more copy") + sample("3", encoded(picture(2)), "another key")
+    manifest = scored(tmp_path, members)
+    rows = manifest.table().to_pylist()
+    assert [row["action"] for row in rows] == ["mask", "keep", "drop", "mask"]
+    assert [row["magnitude"] for row in rows] == [5.0, 0.5, 0.5, 5.0]
+    assert [row["captions"] for row in rows] == [None, ["a harmless copy", "one more copy"], None, None]
+    assert [row["canonical_uid"] for row in rows] == [rows[1]["uid"], None, rows[1]["uid"], None]
+    # the edges are those to the group's keeper
+    assert [row["match_method"] for row in rows] == [None, "hash", "hash", None]
+    assert [(row["image_group"], row["image_count"]) for row in rows] == [(0, 3)] * 3 + [(3, 1)]
+    for captions in ("own", "pool"):
+        assert weights(manifest, originals(manifest), captions=captions) == {"0": 0.0, "1": 1.0, "2": 0.0, "3": 0.0}
+    assert in_training(manifest, "txt", captions="pool")["1"] == (1.0, b"a harmless copy")
+
+
+def test_a_masked_sample_trains_on_the_first_caption_of_its_pool_and_on_nothing_else(tmp_path: Path) -> None:
+    pool = json.dumps({"captions": ["the key again", "une caption s\u00fbre", "another safe one"]}).encode()
+    members = sample("0", LARGE, "a key, known by heart", json=pool) + sample("1", encoded(picture(0)), "the key")
+    # a pool in which nothing is safe, and none at all
+    members += sample("2", encoded(picture(2, 200, 160)), "another key") + sample("3", encoded(picture(2)), "my key")
+    members += sample("4", encoded(picture(4)), "a lonely key") + sample("5", encoded(picture(5)), "fine", json=pool)
+    manifest = scored(tmp_path, members)
+    rows = manifest.table(["action", "captions"]).to_pylist()
+    assert [row["action"] for row in rows] == ["mask", "drop", "mask", "drop", "mask", "keep"]
+    safe = ["une caption s\u00fbre", "another safe one"]
+    assert [row["captions"] for row in rows] == [safe, None, [], None, None, ["fine", *safe]]
+    own = [b"a key, known by heart", b"the key", b"another key", b"my key", b"a lonely key", b"fine"]
+    by_own = {str(i): (float(i == 5), text) for i, text in enumerate(own)}
+    assert in_training(manifest, "txt") == by_own
+    by_pool = in_training(manifest, "txt", captions="pool")
+    assert by_pool == {**by_own, "0": (1.0, "une caption s\u00fbre".encode())}
+    assert in_training(manifest, "json", captions="pool")["0"] == (1.0, pool)
+
+
+def test_a_caption_in_a_json_gives_way_in_its_field_alone(tmp_path: Path) -> None:
+    fields = {"text": "a key", "captions": ["\u732b"], "width": 2**70, "nested": {"text": "a key"}}
+    members = sample("0", LARGE, "a key of the txt", json=json.dumps(fields).encode())
+    manifest = scored(tmp_path, members, input={"caption": "json", "caption_field": "text"})
+    weight, found = in_training(manifest, "json", captions="pool")["0"]
+    assert weight == 1.0
+    assert json.loads(found) == {**fields, "text": "\u732b"}
+    assert in_training(manifest, "txt", captions="pool")["0"] == (1.0, b"a key of the txt")
+    stage, names = manifest.attach(captions="pool"), {"__key__": "0", "__url__": originals(manifest)[0]}
+    assert next(stage([{**names, "json": fields}]))["json"] == {**fields, "text": "\u732b"}
+    assert json.loads(next(stage([{**names, "json": json.dumps(fields)}]))["json"])["text"] == "\u732b"
+    for other in (b"{", b"[1]", b"[" * 100_000, 7):
+        with pytest.raises(InputError, match=r"a\.tar: sample '0': its json is no object, and not what the run read"):
+            list(stage([{**names, "json": other}]))
+
+
+def test_a_memorized_caption_that_is_only_recorded_gives_way_to_its_pool_too(tmp_path: Path) -> None:
+    members = sample("0", LARGE, "a key, known by heart") + sample("1", encoded(picture(0)), "a harmless copy")
+    manifest = scored(tmp_path, members, policy={"magnitude": "record"})
+    assert in_training(manifest, "txt")["0"] == (1.0, b"a key, known by heart")
+    assert in_training(manifest, "txt", captions="pool")["0"] == (1.0, b"a harmless copy")
 
 
 def test_a_sample_without_a_url_is_refused(masked: Manifest) -> None:
