@@ -33,6 +33,8 @@ from memfilter import Config, Manifest
 from memfilter.lookup import write_lookup
 from memfilter.source import sample_uid
 
+ROOT = "/data"  # where the shards are said to lie
+DIGEST = "of no run"
 PER_SHARD = 10_000  # samples
 LOOKUPS = 500_000  # a worker and order
 CHUNK = 10_000  # samples that are made at once
@@ -89,6 +91,7 @@ def write(path: Path, rows: int) -> None:
     }
     array = pa.Array.from_buffers(pa.binary(16), rows, [None, pa.py_buffer(uids)])
     write_lookup(path / "manifest" / "lookup.arrow", array, columns)
+    (path / "manifest" / "manifest.json").write_text(DIGEST)
     shards, keys = zip(*map(name, range(rows)), strict=True)
     table = pa.table({"shard": pa.array(shards).dictionary_encode(), "key": keys, "weight": weights})
     pq.write_table(table, path / "table.parquet")
@@ -96,7 +99,7 @@ def write(path: Path, rows: int) -> None:
 
 def opened(path: Path, rows: int) -> Manifest:
     shards = [{"name": shard_name(i), "bytes": None} for i in range(-(-rows // PER_SHARD))]
-    return Manifest(path, {"config": Config().model_dump(mode="json"), "shards": shards}, None)
+    return Manifest(path, {"config": Config().model_dump(mode="json"), "shards": shards, "digest": DIGEST}, ROOT)
 
 
 def measure(path: Path, rows: int, workers: int, work: Callable[..., Any] | None = None) -> list[dict[str, Any]]:
@@ -135,10 +138,10 @@ def with_dictionary(path: Path, rows: int, seed: int, barrier: Any, found: Any) 
     in_order, at_random = orders(rows, seed)
     empty, started = private(), time.perf_counter()
     weights: dict[tuple[str, str], float] = {}
-    names: dict[str, str] = {}  # each shard's name once
+    names: dict[str, str] = {}  # each shard's URL once
     for batch in pq.ParquetFile(path / "table.parquet").iter_batches(100_000):
         shards, keys, values = (column.to_pylist() for column in batch.columns)
-        shards = [names.setdefault(shard, shard) for shard in shards]
+        shards = [names.setdefault(shard, f"{ROOT}/{shard}") for shard in shards]
         weights.update(zip(zip(shards, keys, strict=True), values, strict=True))
     loaded = time.perf_counter() - started
 
@@ -185,7 +188,7 @@ def rate(work: Callable[[list[dict[str, Any]]], None], order: Any) -> dict[str, 
 def chunks(order: Any) -> Iterator[list[dict[str, Any]]]:
     for start in range(0, len(order), CHUNK):
         names = map(name, order[start : start + CHUNK].tolist())
-        yield [{"__key__": key, "__url__": shard, "jpg": b""} for shard, key in names]
+        yield [{"__key__": key, "__url__": f"{ROOT}/{shard}", "jpg": b""} for shard, key in names]
 
 
 if __name__ == "__main__":

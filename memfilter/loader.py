@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ConfigError, InputError
-from .manifest import Manifest, path_of
+from .manifest import Manifest, Roots, known_roots, path_of
 
 _log = logging.getLogger(__name__)
 _REMEDY = "give the manifest of these shards, or missing='keep'"
@@ -25,10 +25,11 @@ _WHERE = (("__url__", "__key__"), ("shard", "key"))  # what tells a sample's sha
 class _Weights:
     """What they share: shards known by their URLs, and samples that the manifest does not know."""
 
-    def __init__(self, manifest: Manifest, missing: str, pipes: Mapping[str, str] | None) -> None:
+    def __init__(self, manifest: Manifest, missing: str, pipes: Mapping[str, str] | None, roots: Roots = ()) -> None:
         if missing not in ("error", "keep"):
             raise ConfigError(f"missing={missing!r}: error or keep")
         self.manifest, self.missing, self.pipes = manifest, missing, manifest.known_pipes(pipes)
+        self.roots = known_roots(roots)
         self.mitigates = "mitigate" in manifest.info["config"]["policy"].values()
         self.unknown = 0  # samples of this process that passed with weight 1 because the manifest does not know them
         self._told = False
@@ -36,13 +37,14 @@ class _Weights:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # without the counter and what was looked up: what is equal has equal bytes, by which datasets finds its caches
-        return type(self), (self.manifest, self.missing, self.pipes)
+        return type(self), (self.manifest, self.missing, self.pipes, self.roots)
 
     def _shard(self, url: str, named: bool = False) -> str | None:
         """Return the name of the shard at a URL, or of this name, None for one that passes unknown."""
         if url not in self._shards:
             try:
-                name = self.manifest.name_of(url) if named else self.manifest.shard_of(url)
+                find = self.manifest.name_of if named else self.manifest.shard_of
+                name = find(url, self.roots)
                 self._shards[url] = name
                 if not named:
                     self._compare(url, name)
@@ -93,14 +95,21 @@ class _Weights:
 class Attach(_Weights):
     """The stage of `Manifest.attach`: a callable from samples to samples."""
 
-    def __init__(self, manifest: Manifest, missing: str, captions: str, pipes: Mapping[str, str] | None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        missing: str,
+        captions: str,
+        pipes: Mapping[str, str] | None,
+        roots: Roots = (),
+    ) -> None:
         if missing not in ("error", "keep") or captions not in ("own", "pool"):
             raise ConfigError(f"attach(missing={missing!r}, captions={captions!r}): error or keep, own or pool")
-        super().__init__(manifest, missing, pipes)
+        super().__init__(manifest, missing, pipes, roots)
         self.captions = captions
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Attach, (self.manifest, self.missing, self.captions, self.pipes)
+        return Attach, (self.manifest, self.missing, self.captions, self.pipes, self.roots)
 
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Yield every sample with its weight; a sample that comes again, from a list, comes without what it got."""
@@ -192,12 +201,13 @@ class Collate(_Weights):
         collate_fn: Callable[[list[Any]], Any] | None,
         missing: str,
         pipes: Mapping[str, str] | None,
+        roots: Roots = (),
     ) -> None:
-        super().__init__(manifest, missing, pipes)
+        super().__init__(manifest, missing, pipes, roots)
         self.collate_fn = collate_fn
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Collate, (self.manifest, self.collate_fn, self.missing, self.pipes)
+        return Collate, (self.manifest, self.collate_fn, self.missing, self.pipes, self.roots)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> MutableMapping[str, Any]:
         """Return a batch with its `loss_weight`, a float32 tensor (B,)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,10 +42,15 @@ from .shards import SCHEME
 from .source import printable_key, sample_uid
 from .store import Store, done, file_digest, read_sealed, read_table, write_sealed, write_table
 
+_log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from .loader import Attach, Collate, Weigh
 
 SCHEMA_VERSION = 2
+
+Roots = Sequence[str | Path]
+"""Folders and URLs below which a data set's shards lie, as the caller says."""
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -255,6 +261,7 @@ class Manifest:
         self._online = online  # places in the look-up file that training masked, sorted
         self._checked: str | None = None  # the shard that was looked up last
         self._seen: tuple[int, ...] = ()  # what the file system tells of manifest.json
+        self._told = False  # whether a shard at another place was taken for the run's
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
@@ -329,9 +336,13 @@ class Manifest:
         """Return the loss weight of the sample with this key in the shard of this name; raises KeyError."""
         return self.lookup.weight(self._find(shard, key))
 
-    def weights(self, shards: Sequence[str], keys: Sequence[str | bytes]) -> Floats:
-        """Return the loss weights (N,) of samples by their shards, names or URLs, and keys; raises KeyError."""
-        return self.lookup.weights(self._find_all([self.name_of(shard) for shard in shards], keys))
+    def weights(self, shards: Sequence[str], keys: Sequence[str | bytes], roots: Roots = ()) -> Floats:
+        """Return the loss weights (N,) of samples by their shards, names or URLs, and keys; raises KeyError.
+
+        `roots` are those of `shard_of`.
+        """
+        roots = known_roots(roots)
+        return self.lookup.weights(self._find_all([self.name_of(shard, roots) for shard in shards], keys))
 
     def pool_weight(self, shard: str, key: str | bytes) -> float:
         """Return the loss weight of a sample where samples train on their pooled captions; raises KeyError.
@@ -340,20 +351,26 @@ class Manifest:
         """
         return self.lookup.weight(self._find(shard, key), pooled=True)
 
-    def with_online(self, *paths: str | Path, share: float = 0.5, pipes: Mapping[str, str] | None = None) -> Manifest:
+    def with_online(
+        self,
+        *paths: str | Path,
+        share: float = 0.5,
+        pipes: Mapping[str, str] | None = None,
+        roots: Roots = (),
+    ) -> Manifest:
         """Return this manifest with weight 0 for what training masked in at least `share` of the times it was seen.
 
         `paths` are files of `memfilter.training.Sightings`, of all processes and sessions, and are added up.  The
         weights change, also those of pooled captions, and so does what `attach` gives; the run's rows stay as they are.
-        `pipes` is that of `attach`.  Raises InputError for a file that is none, ConfigError for a share out of range,
-        and KeyError for a sample that the manifest does not know.
+        `pipes` and `roots` are those of `attach`.  Raises InputError for a file that is none, ConfigError for a share
+        out of range, and KeyError for a sample that the manifest does not know.
         """
         if not 0 < share <= 1:
             raise ConfigError(f"with_online(share={share}): above 0 and at most 1")
-        known = self.known_pipes(pipes)
+        known, roots = self.known_pipes(pipes), known_roots(roots)
         rows = pa.concat_tables([_SIGHTINGS.empty_table(), *(_read_sightings(Path(path)) for path in paths)])
         shards = rows["shard"].unique()
-        names = pa.array([known.get(name) or self.name_of(name) for name in shards.to_pylist()], pa.string())
+        names = pa.array([known.get(name) or self.name_of(name, roots) for name in shards.to_pylist()], pa.string())
         rows = rows.set_column(0, "shard", names.take(pc.index_in(rows["shard"], shards).combine_chunks()))
         counts = rows.group_by(["shard", "key"]).aggregate([("seen", "sum"), ("masked", "sum")])
         often = counts.filter(pc.greater_equal(counts["masked_sum"], pc.multiply(counts["seen_sum"], share)))
@@ -377,6 +394,7 @@ class Manifest:
         missing: Literal["error", "keep"] = "error",
         captions: Literal["own", "pool"] = "own",
         pipes: Mapping[str, str] | None = None,
+        roots: Roots = (),
     ) -> Attach:
         """Return a webdataset stage that yields samples with their `loss_weight`, a Python float.
 
@@ -390,61 +408,73 @@ class Manifest:
         that `input.caption` names (of a json, in its field).  Without any its weight stays 0.  Where a policy hands
         samples over to caption mitigation, `sample["mitigate"]` tells whether this is one.  `pipes` maps URLs that tell
         no shard, as those of `pipe:`, to shard names; a name that is none of the manifest's raises ConfigError.
+        `roots` are folders and URLs below which this data set's shards lie too, as `shard_of` says.
         """
         from .loader import Attach
 
-        return Attach(self, missing, captions, pipes)
+        return Attach(self, missing, captions, pipes, roots)
 
-    def weigh(self, missing: Literal["error", "keep"] = "error", pipes: Mapping[str, str] | None = None) -> Weigh:
+    def weigh(
+        self,
+        missing: Literal["error", "keep"] = "error",
+        pipes: Mapping[str, str] | None = None,
+        roots: Roots = (),
+    ) -> Weigh:
         """Return a function that gives rows a column `loss_weight`: `dataset.map(manifest.weigh(), batched=True)`.
 
         It is for Hugging Face `datasets`, batched or not, and whatever else maps rows that tell their shard by
         `__url__` (or `shard`) and their `__key__` (or `key`); float32.  Where a policy hands samples over to caption
-        mitigation there is a column `mitigate` too.  `missing` and `pipes` are those of `attach`.
+        mitigation there is a column `mitigate` too.  `missing`, `pipes` and `roots` are those of `attach`.
         """
         from .loader import Weigh
 
-        return Weigh(self, missing, pipes)
+        return Weigh(self, missing, pipes, roots)
 
     def collate(
         self,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         missing: Literal["error", "keep"] = "error",
         pipes: Mapping[str, str] | None = None,
+        roots: Roots = (),
     ) -> Collate:
         """Return a function that makes a batch as `collate_fn` does, with its `loss_weight`, a float32 tensor (B,).
 
         Either all samples of a batch carry their `loss_weight`, or they are looked up as by `weigh`, all at once;
         raises ConfigError where only some carry one.  `collate_fn`, by default torch's own, gets them without the
         weight and without the names of shard and key: a batch with texts in it fails in accelerate with more than one
-        process.  `missing` and `pipes` are those of `attach`.
+        process.  `missing`, `pipes` and `roots` are those of `attach`.
         """
         from .loader import Collate
 
-        return Collate(self, collate_fn, missing, pipes)
+        return Collate(self, collate_fn, missing, pipes, roots)
 
-    def shard_of(self, url: str) -> str:
+    def shard_of(self, url: str, roots: Roots = ()) -> str:
         """Return the name of the shard at a URL; raises KeyError.
 
-        It is looked for below the input root, below the filtered shards, and by its longest path suffix that names
-        exactly one shard.  A `pipe:` URL, which may run any command, names none.
+        It is its path below the input root, the filtered shards or one of `roots`, folders and URLs below which the
+        caller knows this data set's shards.  A local file elsewhere is the shard whose whole name its path ends with,
+        the longest, if it has the size of that or of the filtered one; a warning names both places, once.  A `pipe:`
+        URL, which may run any command, names none.
         """
         if url.startswith("pipe:"):
             raise KeyError(f"{url}: tell its shard with pipes={{url: name}}")
-        path, known = path_of(url), self._names
-        for root in (self.root, os.path.abspath(self.path / "shards")):
-            full = path if "://" in path else os.path.abspath(path)
-            if root and full.startswith(root.rstrip("/") + "/"):
-                name = full[len(root.rstrip("/")) + 1 :]
-                if name in known:
-                    return name
+        path = _absolute(url)
+        for root in filter(None, (self.root, str(self.path / "shards"), *known_roots(roots))):
+            name = path.removeprefix(root.rstrip("/") + "/")
+            if name != path and name in self._names:
+                return name
         parts = path.split("/")
-        for i in range(len(parts)):
-            suffix = "/".join(parts[i:])
-            found = [n for n in known if n == suffix or n.endswith("/" + suffix)]
-            if len(found) == 1:
-                return found[0]
-        raise KeyError(f"{url}: none of the manifest's {len(known)} shards, or more than one, has this name")
+        named = (s for i in range(len(parts)) if (s := "/".join(parts[i:])) in self._names)
+        if (name := next(named, "")) not in self._names:
+            raise KeyError(f"{path}: none of the manifest's {len(self._names)} shards has this name")
+        place = f"{self.root or self.path / 'shards'}/{name}"
+        if "://" in path or not self._has_size(name, path):
+            why = "at another place" if "://" in path else "not of its size"
+            raise KeyError(f"{path}: {why}, so not taken for {place}; if it is that, give roots=[where its shards lie]")
+        if not self._told:
+            self._told = True
+            _log.warning("%s: taken for %s, by its name and size", path, place)
+        return name
 
     def known_pipes(self, pipes: Mapping[str, str] | None) -> dict[str, str]:
         """Return a mapping of URLs to shard names; raises ConfigError where a name is none of the manifest's."""
@@ -464,9 +494,19 @@ class Manifest:
             return None not in expected and os.stat(path).st_size not in expected
         return False
 
-    def name_of(self, shard: str) -> str:
+    def _has_size(self, shard: str, path: str) -> bool:
+        """Whether a local file has the size of the input shard of this name or of the filtered one."""
+        expected = {self._sizes[shard]}
+        with contextlib.suppress(OSError):
+            expected |= {(self.path / "shards" / shard).stat().st_size}
+        try:
+            return os.stat(path).st_size in expected
+        except (OSError, ValueError):  # the latter of a path with a zero byte
+            return False
+
+    def name_of(self, shard: str, roots: Roots = ()) -> str:
         """Return the shard of this name, or else the name of the one at this URL; raises KeyError."""
-        return shard if shard in self._names else self.shard_of(shard)
+        return shard if shard in self._names else self.shard_of(shard, roots)
 
     @cached_property
     def _names(self) -> frozenset[str]:
@@ -537,6 +577,22 @@ class Manifest:
     @cached_property
     def _parts(self) -> dict[int, pa.Table]:
         return {}
+
+
+def known_roots(roots: Roots) -> tuple[str, ...]:
+    """Folders and URLs below which a data set's shards lie; folders as absolute paths.
+
+    Raises ConfigError for one text in place of several.
+    """
+    if isinstance(roots, str):
+        raise ConfigError(f"roots={roots!r}: give a list of folders and URLs, [{roots!r}]")
+    return tuple(_absolute(root) for root in roots)
+
+
+def _absolute(url: str | Path) -> str:
+    """Return a URL without query and fragment, and of a file its absolute path."""
+    path = path_of(str(url))
+    return path if "://" in path else os.path.abspath(path)
 
 
 def _under_way(command: str, path: str | Path) -> str:

@@ -240,7 +240,7 @@ def test_a_manifest_of_another_data_set_says_so(run: Manifest, caplog: pytest.Lo
     assert caplog.messages[-1].endswith("1 passed with weight 1; no shard so far is known: " + DOUBT)
 
 
-def test_a_shard_of_the_same_name_and_keys_and_another_size_is_doubted(
+def test_a_shard_of_the_same_name_and_keys_and_another_size_is_refused_or_doubted_below_the_callers_root(
     run: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = samples_of(run)
@@ -252,8 +252,15 @@ def test_a_shard_of_the_same_name_and_keys_and_another_size_is_doubted(
     other = tmp_path / "a" / "00000.tar"
     other.parent.mkdir()
     other.write_bytes(b"0" * 20480 * 3)
+    stranger = {**rows[2], "__url__": f"file:{other}"}
+    with pytest.raises(
+        KeyError, match=r"a/00000\.tar: not of its size.*; give the manifest of these shards, or missing"
+    ):
+        list(run.attach()([stranger]))
+    assert next(run.attach("keep")([stranger]))["loss_weight"] == 1
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "memfilter"):
-        list(run.attach()([{**rows[2], "__url__": f"file:{other}"}] * 3))
+        list(run.attach(roots=[str(tmp_path)])([stranger] * 3))
     assert caplog.messages == [f"file:{other}: has another size than the manifest's shard a/00000.tar: {DOUBT}"]
 
 

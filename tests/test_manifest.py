@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,84 @@ def test_weights_are_python_floats_for_batching(masked: Manifest) -> None:
     assert all(type(w) is float for w in weights(masked, originals(masked)).values())
 
 
-def test_shards_are_known_by_their_longest_unique_suffix_wherever_they_are(masked: Manifest) -> None:
-    assert masked.shard_of("https://host/bucket/a/00000.tar?token=1") == "a/00000.tar"
-    assert masked.shard_of("s3://elsewhere/data/b/00000.tar") == "b/00000.tar"
-    with pytest.raises(KeyError, match="or more than one"):
-        masked.shard_of("s3://elsewhere/00000.tar")
-    with pytest.raises(KeyError, match="none of the manifest's 2 shards"):
-        masked.shard_of("s3://elsewhere/a/00001.tar")
+STRANGERS = ["https://host/bucket/a/00000.tar?token=1", "s3://elsewhere/data/b/00000.tar", "s3://elsewhere/a/00001.tar"]
+
+
+def test_a_shard_of_another_host_is_found_below_the_callers_roots_alone(masked: Manifest) -> None:
+    for url in STRANGERS:
+        with pytest.raises(KeyError):
+            masked.shard_of(url)
+    with pytest.raises(KeyError, match=r"bucket/a/00000\.tar: at another place, .* give roots=\[") as error:
+        masked.shard_of(STRANGERS[0])
+    assert str(masked.root) in str(error.value)
+    assert "token" not in str(error.value)
+    roots = ["https://host/bucket/?token=2", "s3://elsewhere/data"]
+    assert [masked.shard_of(url, roots) for url in STRANGERS[:2]] == ["a/00000.tar", "b/00000.tar"]
+    for url in (STRANGERS[2], "https://host/bucket2/a/00000.tar", "http://host/bucket/a/00000.tar"):
+        with pytest.raises(KeyError):
+            masked.shard_of(url, roots)
+    with pytest.raises(ConfigError, match=r"roots='s3://x': give a list"):
+        masked.attach(roots="s3://x")
+
+
+def test_every_look_up_takes_the_callers_roots(masked: Manifest) -> None:
+    url, roots = "s3://mirror/a/00000.tar", ["s3://mirror"]
+    named = {"__url__": url, "__key__": "a3", "width": 1}
+    asks: list[Callable[..., Any]] = [
+        lambda **given: next(masked.attach(**given)([named]))["loss_weight"],
+        lambda **given: next(pickle.loads(pickle.dumps(masked.attach(**given)))([named]))["loss_weight"],
+        lambda **given: pickle.loads(pickle.dumps(masked.weigh(**given)))(named)["loss_weight"],
+        lambda **given: pickle.loads(pickle.dumps(masked.collate(**given)))([named])["loss_weight"].item(),
+        lambda **given: masked.weights([url], ["a3"], **given).item(),
+    ]
+    for ask in asks:
+        with pytest.raises(KeyError, match="at another place"):
+            ask()
+        assert ask(roots=roots) == masked.weight("a/00000.tar", "a3")
+
+
+def test_a_local_shard_elsewhere_has_the_whole_name_and_the_size_of_its_own(
+    masked: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = Path(originals(masked)[0]).read_bytes()
+    for place in ("moved/a/00000.tar", "00000.tar", "other/a/00000.tar"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_bytes(content)
+    (tmp_path / "other" / "a" / "00000.tar").write_bytes(content[:-10240])
+    for url in ("00000.tar", "none/a/00000.tar", "other/a/00000.tar", "moved/a\0/a/00000.tar"):
+        with pytest.raises(KeyError):
+            masked.shard_of(f"{tmp_path}/{url}")
+    assert not caplog.messages
+    assert masked.shard_of(f"{tmp_path}/other/a/00000.tar", [str(tmp_path / "other")]) == "a/00000.tar"
+    with caplog.at_level("WARNING", "memfilter"):
+        found = weights(Manifest.load(masked.path), [f"{tmp_path}/moved/a/00000.tar"] * 2)
+    assert found == {key: weight for key, weight in weights(masked, originals(masked)).items() if key[0] == "a"}
+    place = f"{masked.root}/a/00000.tar"
+    assert caplog.messages == [f"{tmp_path}/moved/a/00000.tar: taken for {place}, by its name and size"]
+
+
+def test_a_filtered_shard_elsewhere_is_known_by_its_own_size(tmp_path: Path) -> None:
+    write_tar(
+        tmp_path / "in" / "a.tar", [m for i in (0, 0, 1) for m in sample(f"{i}{len(str(i))}", encoded(picture(i)))]
+    )
+    manifest = memfilter.run([str(tmp_path / "in")], tmp_path / "out", workers=1)
+    shutil.copytree(tmp_path / "out" / "shards", tmp_path / "elsewhere")
+    assert manifest.shard_of(f"{tmp_path}/elsewhere/a.tar") == "a.tar"
+
+
+def test_of_two_names_that_a_path_ends_with_the_longer_one_is_its_shard(tmp_path: Path) -> None:
+    for i, name in enumerate(("0.tar", "a/0.tar")):
+        write_tar(
+            tmp_path / "in" / name,
+            [m for j in range(9 * i + 1) for m in sample(f"{i}{j}", encoded(picture(9 * i + j)))],
+        )
+    manifest = memfilter.run([str(tmp_path / "in")], tmp_path / "out", workers=1)
+    (tmp_path / "b" / "a").mkdir(parents=True)
+    shutil.copy(tmp_path / "in" / "0.tar", tmp_path / "b" / "a")
+    with pytest.raises(KeyError, match=r"not of its size, so not taken for .*/in/a/0\.tar"):
+        manifest.shard_of(f"{tmp_path}/b/a/0.tar")
+    shutil.copy(tmp_path / "in" / "a" / "0.tar", tmp_path / "b" / "a")
+    assert manifest.shard_of(f"{tmp_path}/b/a/0.tar") == "a/0.tar"
 
 
 def test_moved_shards_are_found(masked: Manifest, tmp_path: Path) -> None:
@@ -106,8 +178,8 @@ def test_a_manifest_is_found_from_another_folder(
 def test_a_sample_that_is_not_known_is_an_error_or_counted(masked: Manifest, tmp_path: Path) -> None:
     write_tar(tmp_path / "a" / "00000.tar", sample("a0", b"", "old") + sample("new", b"", "new"))
     with pytest.raises(KeyError, match=r"a/00000\.tar: the manifest has no sample 'new'"):
-        weights(masked, [str(tmp_path / "a" / "00000.tar")])
-    stage = masked.attach(missing="keep")
+        weights(masked, [str(tmp_path / "a" / "00000.tar")], roots=[tmp_path])
+    stage = masked.attach(missing="keep", roots=[tmp_path])
     data = wds.WebDataset([str(tmp_path / "a" / "00000.tar")], shardshuffle=False).compose(stage)
     assert {s["__key__"]: s["loss_weight"] for s in data}["new"] == 1.0
     assert stage.unknown == 1

@@ -398,6 +398,16 @@ def test_sightings_of_a_command_need_the_callers_mapping(manifest: Manifest, tmp
     with pytest.raises(ConfigError, match="none of the manifest's shards"):
         manifest.with_online(tmp_path / "s.parquet", pipes={url: "nope.tar"})
     online = manifest.with_online(tmp_path / "s.parquet", pipes={url: "a/00000.tar"})
+    assert online.weight("a/00000.tar", "0") == 0
+
+
+def test_sightings_of_another_place_need_the_callers_root(manifest: Manifest, tmp_path: Path) -> None:
+    sightings = Sightings()
+    sightings.add(["s3://mirror/a/00000.tar"], ["0"], torch.zeros(1))
+    sightings.save(tmp_path / "s.parquet")
+    with pytest.raises(KeyError, match="at another place"):
+        manifest.with_online(tmp_path / "s.parquet")
+    online = manifest.with_online(tmp_path / "s.parquet", roots=["s3://mirror"])
     assert (manifest.weight("a/00000.tar", "0"), online.weight("a/00000.tar", "0")) == (1, 0)
 
 
