@@ -588,6 +588,8 @@ def test_a_policy_acts_on_its_own_kind(policy: dict[str, str], expected: str) ->
         ({"partial_duplicate": "down_weight"}, [1 / 4, 1 / 4, 1 / 4, 1 / 4, 1]),
         ({"caption_duplicate": "down_weight"}, [1 / 3, 1 / 3, 1 / 2, 1 / 2, 1 / 3]),
         ({"full_duplicate": "down_weight", "caption_duplicate": "down_weight"}, [1 / 3, 1 / 3, 1 / 2, 1 / 2, 1 / 3]),
+        # the largest number counts, whichever kind it is of
+        ({"image_duplicate": "down_weight", "caption_duplicate": "down_weight"}, [1 / 4, 1 / 4, 1 / 4, 1 / 4, 1 / 3]),
         ({"full_duplicate": "drop", "partial_duplicate": "down_weight"}, [1 / 2, 0, 1 / 2, 0, 1]),
         ({"image_duplicate": "drop", "caption_duplicate": "down_weight"}, [1 / 2, 0, 0, 0, 1 / 2]),
     ],
@@ -607,12 +609,31 @@ def test_a_sample_masked_for_its_caption_alone_trains_on_its_pool_with_the_weigh
     assert found.pool_weight.tolist() == [0.5, 0.5, 1]
 
 
+def test_a_sample_masked_as_a_copy_does_not_train_on_its_pool() -> None:
+    policy = Policies(image_duplicate="mask", magnitude="mask")
+    rows = (Row(0, "fine"), Row(0, "key", ("safe",)), Row(0, "more", ("other",)))
+    found = decided(case_of(*rows, magnitude={"key": 1.0}, policy=policy))
+    assert actions(found) == ["keep", "mask", "mask"]
+    assert found.pooled.to_pylist() == [None, ["safe"], ["more", "other"]]
+    assert found.pool_weight.tolist() == found.weight.tolist() == [1, 0, 0]
+
+
 def test_a_memorized_keeper_has_no_share_of_what_its_copies_weigh() -> None:
     policy = Policies(image_duplicate="down_weight")
     rows = (Row(0, "key"), Row(0, "fine"), Row(0, "more"))
     found = decided(case_of(*rows, magnitude={"key": 1.0}, policy=policy))
     assert found.weight.tolist() == found.pool_weight.tolist() == [0, 0.5, 0.5]
     assert found.canonical.tolist() == [1, -1, 1]
+
+
+def test_a_dropped_copys_captions_go_to_a_kept_sample_before_a_masked_one_of_better_rank() -> None:
+    policy = Policies(image_duplicate="record", full_duplicate="drop", caption_duplicate="drop")
+    # the keeper gives way to the fish elsewhere, and the best-ranked copy is memorized
+    rows = (Row(0, "fish"), Row(0, "key", ("safe",)), Row(0, "cat"), Row(0, "Fish"), Row(1, "fish"))
+    found = decided(Case(list(rows), [1, 2, 3, 4, 0], [1] * 5, magnitude={"key": 1.0}, policy=policy))
+    assert actions(found) == ["drop", "mask", "keep", "drop", "keep"]
+    assert found.canonical.tolist() == [4, 0, 0, 2, -1]
+    assert found.pooled.to_pylist() == [None, ["safe"], ["cat", "fish", "Fish"], None, None]
 
 
 def test_a_dropped_copys_caption_goes_to_the_sample_that_stays_with_its_caption() -> None:

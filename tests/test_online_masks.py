@@ -97,6 +97,23 @@ def test_samples_are_masked_where_the_norm_reaches_the_threshold(
     assert torch.equal(loss, loss_under(MaskedLoss(scheduler, snr_gamma=5.0), unet, offline))
 
 
+def test_a_norm_of_exactly_the_threshold_is_masked() -> None:
+    unconditional = torch.randn(3, 4, 2, 2)
+    unconditional[:, 0, 0, 0] = 0
+    conditional = unconditional.clone()
+    conditional[:, 0, 0, 0] = torch.tensor([2.0, 2 - 2**-23, -2.0])
+    weights = MagnitudeMask(2.0, {}).weights(conditional, unconditional, torch.full((3,), 10))
+    assert weights.tolist() == [0, 1, 0]
+    points = MagnitudeMask({0: 1.0, 20: 3.0}, {}).weights(conditional, unconditional, torch.full((3,), 10))
+    assert points.tolist() == [0, 1, 0]
+
+
+def test_a_loss_of_exactly_the_average_is_kept() -> None:
+    mask = AntiGradientControl(factor=1.25, decay=0.5)
+    mask.weights(torch.tensor([2.0]), torch.tensor([7]))  # its average becomes 1
+    assert mask.weights(torch.tensor([0.8, 0.75, 0.0]), torch.tensor([7, 7, 9])).tolist() == [1, 0, 1]
+
+
 def test_epsilon_scale_of_a_flow_is_one_minus_sigma() -> None:
     schedule = Schedule(FlowMatchEulerDiscreteScheduler())
     assert schedule.eps_factor(torch.tensor([1000.0, 250.0, 0.0])).tolist() == [0.0, 0.75, 1.0]
