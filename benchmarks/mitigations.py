@@ -33,7 +33,7 @@ from memfilter.training import (
     sample_seed,
 )
 
-TOKENS = [f"token{i}" for i in range(49_000)]
+TOKENS = [f"token{i} " for i in range(49_000)]
 CAPTION = "a photo of a small brown dog that runs along the beach at sunset"
 POOL = [CAPTION, *(f"another caption of the picture, number {i}" for i in range(4)), "an animal on a beach"]
 CHANGES: dict[str, list[Any]] = {

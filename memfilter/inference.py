@@ -100,7 +100,9 @@ def with_embedding_noise(
     """Draw images of the prompts' embeddings with `scale` * N(0, 1) added to each number (GN).
 
     The noise of an image depends on the seed, the prompt and the image's place alone.  A pooled embedding stays as it
-    is.  Raises ConfigError and ModelError as `with_optimised_embeddings` does.
+    is, and so does the unconditional one.  The paper's code adds noise to the unconditional too; that changes what the
+    guidance leads away from, whatever the prompt is, and the magnitude after would be measured from another point than
+    that before.  Raises ConfigError and ModelError as `with_optimised_embeddings` does.
     """
     import torch
 

@@ -28,16 +28,35 @@ def seeded(seed: int, *names: int | str | bytes) -> np.random.Generator:
 
 
 def vocabulary(tokenizer: Any) -> list[str]:
-    """Return the texts of a tokenizer's tokens that are whole text, sorted by id: no special ones, no lone bytes."""
+    """Texts of a tokenizer's tokens that are whole text, sorted by id: no special ones, no lone bytes.
+
+    Each comes with the space that belongs to it: behind a token that ends a word, as "cat " beside "cat" in CLIP's, or
+    before one that begins a word.  Where a tokenizer shows no such space, every token is a word with one behind.
+    """
     special = set(tokenizer.all_special_ids)
     ids = [i for i in sorted(tokenizer.get_vocab().values()) if i not in special]
-    texts = (text.strip() for text in tokenizer.batch_decode([[i] for i in ids]))
-    return [text for text in texts if text and "\ufffd" not in text]
+
+    def decoded(lists: list[list[int]]) -> list[str]:
+        found: list[str] = tokenizer.batch_decode(lists, clean_up_tokenization_spaces=False)
+        return found
+
+    alone = decoded([[i] for i in ids])
+    # between two tokens without a space of their own, a token keeps its own
+    twice = decoded([[i, i] for i in ids])
+    inner = [(i, t) for i, t, tt in zip(ids, alone, twice, strict=True) if t.isascii() and t.isalpha() and tt == t + t]
+    texts = [f"{text.strip()} " for text in alone]
+    if inner:
+        fence, mark = inner[0]
+        texts = [text[len(mark) : len(text) - len(mark)] for text in decoded([[fence, i, fence] for i in ids])]
+    return [text for text in texts if text.strip() and "\ufffd" not in text]
 
 
 def insert_tokens(caption: str, tokens: Sequence[str], random: np.random.Generator, count: int = 2) -> str:
-    """Return the caption with so many of a `vocabulary`, each drawn uniformly, in it (RT)."""
-    return _insert(caption, lambda: tokens[int(random.integers(len(tokens)))], random, count)
+    """Return the caption with so many of a `vocabulary`, each drawn uniformly, in it (RT).
+
+    A text that is there with and without a space is drawn for either, as in the paper's code.
+    """
+    return _insert(caption, lambda: tokens[int(random.integers(len(tokens)))].strip(), random, count)
 
 
 def insert_numbers(caption: str, random: np.random.Generator, count: int = 2, below: int = 100_000) -> str:
@@ -55,8 +74,12 @@ def repeat_words(caption: str, random: np.random.Generator, count: int = 2) -> s
 
 
 def random_caption(tokens: Sequence[str], random: np.random.Generator, count: int = 4) -> str:
-    """Return so many of a `vocabulary`, each drawn uniformly, as a caption (RC)."""
-    return " ".join(tokens[i] for i in random.integers(len(tokens), size=count))
+    """Return so many of a `vocabulary`, each drawn uniformly, as a caption (RC).
+
+    As in the paper's code they are one text: a token that does not end a word goes on into the next, so that four of
+    them are often fewer words.
+    """
+    return " ".join("".join(tokens[i] for i in random.integers(len(tokens), size=count)).split())
 
 
 def _insert(caption: str, draw: Callable[[], str], random: np.random.Generator, count: int) -> str:

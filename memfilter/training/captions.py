@@ -73,7 +73,10 @@ class GeneralCaption:
 
 @dataclass(frozen=True)
 class RandomCaption:
-    """RC: with a probability, `count` tokens of a `vocabulary` in the caption's place."""
+    """RC: with a probability, `count` tokens of a `vocabulary` in the caption's place, written as one text.
+
+    Words of one's own, instead of a vocabulary, each need a space behind.
+    """
 
     tokens: Sequence[str]
     probability: float = 0.1
