@@ -22,6 +22,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from memfilter.calibration import threshold_at_fpr
 from memfilter.demo.data import Planted, samples, unseen_captions
 from memfilter.demo.memorized import ALIKE, MODEL, SIDE, generate, likeness, pixels
 from memfilter.magnitude import Scorer
@@ -126,6 +127,12 @@ def evaluate(model: Path, planted: list[Planted]) -> dict[str, object]:
         result[f"{name}_magnitude_quantiles"] = np.quantile(values, [0, 0.5, 0.99, 1]).round(3).tolist()
         if name != "repeated":
             result[f"auc_against_{name}"] = round(auc(score["repeated"], values), 4)
+    threshold = threshold_at_fpr(score["unseen"].ravel(), 0.01)  # that of `memfilter demo`
+    result["threshold"] = round(threshold, 4)
+    unseen = unseen_captions(planted, 1000)
+    for name, texts in {"ordinary": unseen[100:500], "specific": unseen[600:]}.items():  # none of those 200
+        result[f"held_out_{name}"] = len(texts)
+        result[f"held_out_{name}_over_threshold"] = int((scorer.score(texts) >= threshold).sum())
     return result
 
 
