@@ -466,7 +466,7 @@ class Manifest:
         parts = path.split("/")
         named = (s for i in range(len(parts)) if (s := "/".join(parts[i:])) in self._names)
         if (name := next(named, "")) not in self._names:
-            raise KeyError(f"{path}: none of the manifest's {len(self._names)} shards has this name")
+            raise KeyError(f"{path_of(url)}: none of the manifest's {len(self._names)} shards has this name")
         place = f"{self.root or self.path / 'shards'}/{name}"
         if "://" in path or not self._has_size(name, path):
             why = "at another place" if "://" in path else "not of its size"

@@ -316,7 +316,7 @@ def test_a_captions_control_codes_do_not_reach_the_terminal(run: Path) -> None:
     [
         (["none"], "no sample 'none' in any of its shards; check KEY"),
         (["a.tar", "esc"], "no sample 'esc' in a.tar; check KEY"),
-        (["c.tar", "one"], "c.tar: none of the manifest's 2 shards, or more than one, has this name"),
+        (["c.tar", "one"], "c.tar: none of the manifest's 2 shards has this name"),
         (["one"], "'one' is a sample of 2 shards; give one before it, such as a.tar"),
         (["bad"], "a.tar: the sample 'bad' has no caption to explain: it is bad (empty_image)"),
     ],
