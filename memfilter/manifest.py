@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from .loader import Attach, Collate, Weigh
 
 SCHEMA_VERSION = 2
+_SECONDS = 0.1  # between two checks of an open manifest: in random order nearly every look-up is in another shard
 
 Roots = Sequence[str | Path]
 """Folders and URLs below which a data set's shards lie, as the caller says."""
@@ -259,7 +261,8 @@ class Manifest:
     def __init__(self, path: Path, info: dict[str, Any], root: str | None, online: Ints | None = None) -> None:
         self.path, self.info, self.root = path, info, root
         self._online = online  # places in the look-up file that training masked, sorted
-        self._checked: str | None = None  # the shard that was looked up last
+        self._checked: str | None = None  # the shard at which the run was checked last
+        self._due = 0.0  # when look-ups may check it again, by the monotonic clock
         self._seen: tuple[int, ...] = ()  # what the file system tells of manifest.json
         self._told = False  # whether a shard at another place was taken for the run's
 
@@ -293,7 +296,7 @@ class Manifest:
     def check(self) -> None:
         """Raise RunError where the run was decided again since this manifest was opened, or is being decided again.
 
-        Look-ups ask once a shard.
+        Look-ups ask once a shard, and at most ten times a second.
         """
         store = Store(self.path)
         file = store.manifest / "manifest.json"
@@ -529,8 +532,7 @@ class Manifest:
         Raises RunError where the run was decided again.
         """
         if shard != self._checked:
-            self.check()
-            self._checked = shard
+            self._check_at(shard)
         return self.lookup.place(self._uid(shard, key))
 
     def places(self, shards: Sequence[str], keys: Sequence[str | bytes]) -> Ints:
@@ -539,9 +541,14 @@ class Manifest:
         Raises RunError where the run was decided again.
         """
         if len(shards) and (shards[0] != self._checked or shards[-1] != self._checked):
-            self.check()
-            self._checked = shards[-1]
+            self._check_at(shards[-1])
         return self.lookup.places(b"".join(self._uid(s, k) for s, k in zip(shards, keys, strict=True)))
+
+    def _check_at(self, shard: str) -> None:
+        """Check the run, or leave it to a later look-up in this shard if the last check was just now."""
+        if (now := time.monotonic()) >= self._due:
+            self.check()
+            self._checked, self._due = shard, now + _SECONDS
 
     def _find(self, shard: str, key: str | bytes) -> int:
         place = self.place(shard, key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -388,6 +389,7 @@ def decided_again(manifest: Manifest, policy: str) -> None:
     file = manifest.path.parent / "policy.yaml"
     file.write_text(f"policy: {{image_duplicate: {policy}}}")
     memfilter.rethreshold(manifest.path, file, workers=1)
+    time.sleep(0.1)  # look-ups notice it that late
 
 
 def test_an_open_manifest_whose_run_was_decided_again_gives_no_more_weights(open_run: Manifest) -> None:
@@ -424,5 +426,28 @@ def test_an_open_manifest_stays_good_where_nothing_was_decided_otherwise(open_ru
 def test_a_manifest_that_has_gone_is_told(open_run: Manifest) -> None:
     assert open_run.weight("a/00000.tar", "a1") == 1.0
     shutil.rmtree(open_run.path)
+    time.sleep(0.1)
     with pytest.raises(RunError, match=r"manifest\.json: cannot be read any more: No such file"):
         open_run.weight("b/00000.tar", "b1")
+
+
+def test_a_shard_that_comes_too_early_for_a_check_is_checked_later(open_run: Manifest) -> None:
+    assert open_run.weight("a/00000.tar", "a1") == 1.0
+    assert open_run.weight("b/00000.tar", "b1") == 1.0
+    shutil.rmtree(open_run.path)
+    time.sleep(0.1)
+    with pytest.raises(RunError, match="cannot be read any more"):
+        open_run.weight("b/00000.tar", "b2")
+
+
+def test_look_ups_at_random_order_cost_no_more_than_in_the_order_of_shards(open_run: Manifest) -> None:
+    shards = open_run.shards * 3000
+
+    def seconds(order: list[str]) -> float:
+        started = time.process_time()
+        for shard in order:
+            open_run.place(shard, "a1")
+        return time.process_time() - started
+
+    in_order, at_random = (min(seconds(order) for _ in range(3)) for order in (sorted(shards), shards))
+    assert at_random < 3 * in_order  # ten times as much where each change of shard is a look at the disk
