@@ -32,9 +32,10 @@ def decide(
     another policy.
 
     Where an image group's keeper is masked or dropped for its magnitude, its heir is kept in its stead: the best-ranked
-    copy with an ordinary caption.  The heir takes the pool and is the canonical sample of the others; the keeper has
-    the pool weight 0.  So no image is lost to two policies, and none whose copies go trains twice.  Without an heir, a
-    masked keeper may train on its pool.
+    copy with an ordinary caption.  The heir takes the pool and is the canonical sample of the others, which are full or
+    partial duplicates as if the keeper were not there; the keeper has the pool weight 0.  So no image is lost to two
+    policies, and none whose copies go trains twice.  Without an heir, a masked keeper may train on its pool; where that
+    is empty, the pool weight is 0 too.
 
     `general` holds of each distinct caption the general one that joins the pools of its samples, null for none.
     """
@@ -46,7 +47,7 @@ def decide(
     ordinary = ~(memorized | np.append(over, False)[groups.caption])  # a bad sample's caption is -1
     stands = _standing(groups, memorized & (_ACTION[policy.magnitude] > KEEP), ordinary)
     replaced = (groups.image_group == rows) & (stands != rows)
-    by_image = np.where(stands == rows, KEEP, _by_image(groups, policy))
+    by_image = np.where((stands == rows) | replaced, KEEP, _by_image(groups, policy, stands, replaced))
     action = np.maximum(by_image, memorized * _ACTION[policy.magnitude])
     spared = _spared(groups, action)[groups.caption_group]
     caption_copy = good & (groups.caption_count > 1) & (spared != rows)
@@ -68,24 +69,24 @@ def decide(
         pooled = _pool(samples, groups, captions, over, action, to, general)
     weight = _share(groups, policy, action == KEEP)
     masked_for_caption = (action == MASK) & (by_image == KEEP) & ~by_caption & ~replaced
-    pool_weight = _share(groups, policy, (action == KEEP) | masked_for_caption)
+    has_caption = pc.fill_null(pc.list_value_length(pooled), 0).to_numpy() > 0
+    pool_weight = _share(groups, policy, (action == KEEP) | (masked_for_caption & has_caption))
     mitigate = (action <= MASK) & _handed_over(groups, policy)
     return Decisions(action, reasons, codes, canonical, duplication, weight, pool_weight, mitigate, pooled)
 
 
-def _by_image(groups: Groups, policy: Policies) -> Ints:
+def _by_image(groups: Groups, policy: Policies, stands: Ints, replaced: npt.NDArray[np.bool_]) -> Ints:
     """Action of the image policies on each sample."""
-    rows = np.arange(len(groups.rank))
-    full_copy = _best_with_both(groups) != rows
-    partial_copy = groups.caption_group != groups.caption_group[groups.image_group]
+    full_copy = _best_with_both(groups, replaced) != np.arange(len(stands))
+    partial_copy = groups.caption_group != groups.caption_group[stands]
     found: Ints = np.maximum(full_copy * _ACTION[policy.full], partial_copy * _ACTION[policy.partial])
     return found
 
 
-def _best_with_both(groups: Groups) -> Ints:
-    """Return of each sample the best-ranked one with its image and its caption."""
+def _best_with_both(groups: Groups, replaced: npt.NDArray[np.bool_]) -> Ints:
+    """Best-ranked sample with each one's image and caption; a keeper that is replaced by its heir comes last."""
     both = groups.image_group * len(groups.rank) + groups.caption_group
-    order = np.argsort(groups.rank)
+    order = np.lexsort((groups.rank, replaced))
     _, first, place = np.unique(both[order], return_index=True, return_inverse=True)
     best = np.empty(len(order), np.int64)
     best[order] = order[first[place]]

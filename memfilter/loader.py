@@ -140,7 +140,7 @@ class Attach(_Weights):
             pooled = row["captions"]
             if pooled is not None:
                 found["captions"] = pooled
-            if pooled or weight:
+            if pooled or weight:  # runs of before give a masked sample a weight for an empty pool too
                 weight = self.manifest.lookup.weight(place, pooled=True)
             if pooled and weight and "magnitude" in row["reasons"]:
                 found |= self._captioned(sample, pooled[0])

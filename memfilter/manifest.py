@@ -350,7 +350,8 @@ class Manifest:
     def pool_weight(self, shard: str, key: str | bytes) -> float:
         """Return the loss weight of a sample where samples train on their pooled captions; raises KeyError.
 
-        It differs from `weight` where the sample, or one of its groups, is masked for its caption's magnitude alone.
+        It differs from `weight` where the sample, or one of its groups, is masked for its caption's magnitude alone and
+        has a safe caption in its pool.
         """
         return self.lookup.weight(self._find(shard, key), pooled=True)
 

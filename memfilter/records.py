@@ -306,6 +306,6 @@ class Decisions:
     canonical: Ints  # ordinal of the sample kept in its place, -1 for none
     duplication: npt.NDArray[np.int8]  # a position in DUPLICATION
     weight: Floats  # loss weight
-    pool_weight: Floats  # that where samples train on their pooled captions: not 0 where only its own is memorized
+    pool_weight: Floats  # that with pooled captions: not 0 where only its own is memorized and another is safe
     mitigate: npt.NDArray[np.bool_]  # handed over to caption mitigation in training
     pooled: pa.ListArray  # pooled captions, null where none were pooled

@@ -145,18 +145,23 @@ def is_replaced(case: Case, i: int) -> bool:
     return not case.is_copy(i) and heir(case, i) is not None
 
 
-def before_captions(case: Case, i: int) -> int:
-    """Return how hard the image and magnitude policies are on a sample."""
+def by_image(case: Case, i: int) -> int:
+    """Return how hard the image policies are on a sample; they count as if a replaced keeper were not there."""
     policy = case.policy
-    if heir(case, i) == i:
+    if stands(case, i) == i or is_replaced(case, i):
         return 0
-    same_pair = [j for j in case.order if pair(case, j) == pair(case, i)]
-    is_partial = case.is_copy(i) and case.caption_keeper[case.keeper[i]] != case.caption_keeper[i]
+    same_pair = [j for j in case.order if pair(case, j) == pair(case, i) and not is_replaced(case, j)]
+    is_partial = case.caption_keeper[stands(case, i)] != case.caption_keeper[i]
     return max(
         SEVERITY[policy.full_duplicate or policy.image_duplicate] if same_pair[0] != i else 0,
         SEVERITY[policy.partial_duplicate or policy.image_duplicate] if is_partial else 0,
-        SEVERITY[policy.magnitude] if case.is_over(case.rows[i].caption) else 0,
     )
+
+
+def before_captions(case: Case, i: int) -> int:
+    """Return how hard the image and magnitude policies are on a sample."""
+    own = SEVERITY[case.policy.magnitude] if case.is_over(case.rows[i].caption) else 0
+    return max(by_image(case, i), own)
 
 
 def spared(case: Case, i: int) -> int:
@@ -292,7 +297,10 @@ def test_actions_reasons_and_canonicals_equal_the_reference(case: Case) -> None:
 def test_weights_and_mitigation_follow_the_policy_of_each_kind(case: Case) -> None:
     found, policy = decided(case), case.policy
     action, n = actions(found), len(case.rows)
-    unscored = [a for a, _, _ in reference(case_without_scores(case))]
+    pools = found.pooled.to_pylist()
+    # what is masked for its caption's magnitude alone trains in place of nothing else, and on a caption of its pool
+    kept = [a == "keep" for a in action]
+    by_pool = [is_masked_for_its_caption(case, i) and action[i] == "mask" and bool(pools[i]) for i in range(n)]
     of_image = policy.full_duplicate or policy.image_duplicate, policy.partial_duplicate or policy.image_duplicate
     for i in range(n):
         full = [j for j in range(n) if pair(case, j) == pair(case, i)]
@@ -302,22 +310,18 @@ def test_weights_and_mitigation_follow_the_policy_of_each_kind(case: Case) -> No
         kinds = [(of_image[0], full, len(full) > 1), (of_image[1], partial, len(captions) > 1)]
         kinds.append((policy.caption_duplicate, caption, len(caption) > 1))
         weighted = [members for p, members, has_part in kinds if has_part and p == "down_weight"]
-        share = 1 / max([1, *(sum(action[j] == "keep" for j in members) for members in weighted)])
-        assert found.weight[i] == np.float32(share if action[i] == "keep" else 0)
-        if is_replaced(case, i):
-            assert found.pool_weight[i] == 0
-        elif not weighted and action[i] == "mask":
-            # without its caption's magnitude it would not be masked, though another might be spared then
-            assert found.pool_weight[i] in (0, 1)
-            assert (
-                found.pool_weight[i] == 1 or unscored[i] != "keep" or case.policy.caption_duplicate in ("mask", "drop")
-            )
+        for weights, trains in ((found.weight, kept), (found.pool_weight, np.logical_or(kept, by_pool))):
+            share = 1 / max([1, *(sum(trains[j] for j in members) for members in weighted)])
+            assert weights[i] == np.float32(share if trains[i] else 0)
         asked = any(p == "mitigate" and has_part for p, _, has_part in kinds)
         assert found.mitigate[i] == (asked and action[i] in ("keep", "mask"))
 
 
-def case_without_scores(case: Case) -> Case:
-    return Case(case.rows, case.rank, case.method, {}, None, case.policy)
+def is_masked_for_its_caption(case: Case, i: int) -> bool:
+    """Tell whether neither the image policies nor that of captions touch a sample, and no heir takes its place."""
+    stays = spared(case, i)
+    touched = SEVERITY[case.policy.caption_duplicate] > 0 and case.keeper[stays] != case.keeper[i]
+    return not (by_image(case, i) or is_replaced(case, i) or touched)
 
 
 @settings(max_examples=100, deadline=None)
@@ -523,6 +527,22 @@ def test_a_keeper_whose_magnitude_is_recorded_has_no_heir() -> None:
     assert found.pooled.to_pylist()[0] == ["k", "l", "fine", "f", "KEY", "more"]
 
 
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        # of each caption one: the heir and the best of the others with the keeper's
+        ({"full_duplicate": "drop", "image_duplicate": "record"}, "mask keep keep drop drop"),
+        # one caption, that of the heir
+        ({"partial_duplicate": "drop", "image_duplicate": "record"}, "mask keep drop drop keep"),
+    ],
+    ids=str,
+)
+def test_the_kinds_of_copies_are_those_beside_the_heir(policy: dict[str, str], expected: str) -> None:
+    rows = (Row(0, "key"), Row(0, "dog"), Row(0, "Key"), Row(0, "KEY"), Row(0, "Dog"))
+    found = decided(case_of(*rows, magnitude=MEMORIZED, policy=Policies.model_validate(policy)))
+    assert " ".join(actions(found)) == expected
+
+
 def test_an_heir_is_the_one_that_its_caption_group_keeps() -> None:
     policy = Policies(caption_duplicate="drop")
     found = decided(case_of(Row(0, "key"), Row(0, "cat"), Row(1, "Cat"), policy=policy, magnitude=MEMORIZED))
@@ -602,11 +622,20 @@ def test_a_kind_is_weighted_down_by_its_own_count(policy: dict[str, str], weight
 
 def test_a_sample_masked_for_its_caption_alone_trains_on_its_pool_with_the_weight_that_it_would_have() -> None:
     policy = Policies(image_duplicate="down_weight")
-    rows = (Row(0, "fine"), Row(0, "key"), Row(1, "key"))
+    rows = (Row(0, "fine"), Row(0, "key", ("safe",)), Row(1, "key", ("safe",)))
     found = decided(case_of(*rows, magnitude={"key": 1.0}, policy=policy))
     assert actions(found) == ["keep", "mask", "mask"]
     assert found.weight.tolist() == [1, 0, 0]
     assert found.pool_weight.tolist() == [0.5, 0.5, 1]
+
+
+def test_a_masked_sample_without_a_safe_caption_has_no_weight_and_no_share_in_either_mode() -> None:
+    policy = Policies(image_duplicate="down_weight")
+    rows = (Row(0, "fine"), Row(0, "key"), Row(0, "key", ("lock",)), Row(1, "key"))
+    found = decided(case_of(*rows, magnitude=MEMORIZED, policy=policy))
+    assert actions(found) == ["keep", "mask", "mask", "mask"]
+    assert found.pooled.to_pylist() == [None, None, [], None]
+    assert found.weight.tolist() == found.pool_weight.tolist() == [1, 0, 0, 0]
 
 
 def test_a_sample_masked_as_a_copy_does_not_train_on_its_pool() -> None:

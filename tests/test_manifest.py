@@ -298,6 +298,20 @@ def test_a_masked_sample_trains_on_the_first_caption_of_its_pool_and_on_nothing_
     assert in_training(manifest, "json", captions="pool")["0"] == (1.0, pool)
 
 
+def test_a_run_of_before_that_weighs_an_empty_pool_hands_out_no_memorized_caption(tmp_path: Path) -> None:
+    members = sample("0", LARGE, "a key") + sample("1", encoded(picture(2)), "my key", json=b'{"captions": ["a key"]}')
+    manifest = scored(tmp_path, members)
+    file = manifest.path / "manifest" / "lookup.arrow"
+    table = pa.ipc.open_file(file.read_bytes()).read_all()
+    at = table.schema.get_field_index("pool_weight")
+    assert table["pool_weight"].to_pylist() == [0, 0]
+    table = table.set_column(at, "pool_weight", pa.array([1, 1], pa.float32()))
+    with pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    assert Manifest.load(manifest.path).pool_weight("a.tar", "0") == 1
+    assert weights(Manifest.load(manifest.path), originals(manifest), captions="pool") == {"0": 0.0, "1": 0.0}
+
+
 def test_a_caption_in_a_json_gives_way_in_its_field_alone(tmp_path: Path) -> None:
     fields = {"text": "a key", "captions": ["\u732b"], "width": 2**70, "nested": {"text": "a key"}}
     members = sample("0", LARGE, "a key of the txt", json=json.dumps(fields).encode())
