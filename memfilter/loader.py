@@ -34,6 +34,7 @@ class _Weights:
         self.unknown = 0  # samples of this process that passed with weight 1 because the manifest does not know them
         self._told = False
         self._shards: dict[str, str | None] = dict(self.pipes)  # by URL, None where the manifest knows no such shard
+        self._why: dict[str, str] = {}  # of those URLs
 
     def __reduce__(self) -> tuple[Any, ...]:
         # without the counter and what was looked up: what is equal has equal bytes, by which datasets finds its caches
@@ -51,7 +52,7 @@ class _Weights:
             except KeyError as e:
                 if self.missing == "error":
                     raise KeyError(f"{e.args[0]}; {_REMEDY}{self._doubt()}") from None
-                self._shards[url] = None
+                self._shards[url], self._why[url] = None, e.args[0]
         return self._shards[url]
 
     def _compare(self, url: str, name: str) -> None:
@@ -69,8 +70,8 @@ class _Weights:
             raise KeyError(f"{url}: the manifest has no sample {key!r}; {_REMEDY}")
         self.unknown += 1
         if str(self.unknown).strip("0") == "1":  # 1, 10, 100, ...
-            message = "%s: the manifest has no sample %r; %d passed with weight 1%s"
-            _log.warning(message, url, key, self.unknown, self._doubt())
+            why = self._why.get(url, f"{url}: the manifest has no sample {key!r}")
+            _log.warning("%s; %d passed with weight 1%s", why, self.unknown, self._doubt())
 
     def _columns(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Return the columns (N,) that rows get: `loss_weight`, float32, and `mitigate`, bool, where a policy asks."""

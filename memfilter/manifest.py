@@ -345,7 +345,8 @@ class Manifest:
         `roots` are those of `shard_of`.
         """
         roots = known_roots(roots)
-        return self.lookup.weights(self._find_all([self.name_of(shard, roots) for shard in shards], keys))
+        names = {shard: self.name_of(shard, roots) for shard in dict.fromkeys(shards)}
+        return self.lookup.weights(self._find_all([names[shard] for shard in shards], keys))
 
     def pool_weight(self, shard: str, key: str | bytes) -> float:
         """Return the loss weight of a sample where samples train on their pooled captions; raises KeyError.
@@ -471,9 +472,9 @@ class Manifest:
         named = (s for i in range(len(parts)) if (s := "/".join(parts[i:])) in self._names)
         if (name := next(named, "")) not in self._names:
             raise KeyError(f"{path_of(url)}: none of the manifest's {len(self._names)} shards has this name")
-        place = f"{self.root or self.path / 'shards'}/{name}"
+        place = f"{self.root}/{name}" if self.root else name
         if "://" in path or not self._has_size(name, path):
-            why = "at another place" if "://" in path else "not of its size"
+            why = "at another place" if "://" in path else "not there, or not of its size"
             raise KeyError(f"{path}: {why}, so not taken for {place}; if it is that, give roots=[where its shards lie]")
         if not self._told:
             self._told = True
@@ -590,10 +591,10 @@ class Manifest:
 def known_roots(roots: Roots) -> tuple[str, ...]:
     """Folders and URLs below which a data set's shards lie; folders as absolute paths.
 
-    Raises ConfigError for one text in place of several.
+    Raises ConfigError for one in place of several.
     """
-    if isinstance(roots, str):
-        raise ConfigError(f"roots={roots!r}: give a list of folders and URLs, [{roots!r}]")
+    if isinstance(roots, str | os.PathLike):
+        raise ConfigError(f"roots={str(roots)!r}: give a list of folders and URLs, [{str(roots)!r}]")
     return tuple(_absolute(root) for root in roots)
 
 

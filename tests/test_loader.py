@@ -254,10 +254,14 @@ def test_a_shard_of_the_same_name_and_keys_and_another_size_is_refused_or_doubte
     other.write_bytes(b"0" * 20480 * 3)
     stranger = {**rows[2], "__url__": f"file:{other}"}
     with pytest.raises(
-        KeyError, match=r"a/00000\.tar: not of its size.*; give the manifest of these shards, or missing"
+        KeyError, match=r"a/00000\.tar: not there, or not of its size.*; give the manifest of these shards, or missing"
     ):
         list(run.attach()([stranger]))
-    assert next(run.attach("keep")([stranger]))["loss_weight"] == 1
+    with caplog.at_level(logging.WARNING, "memfilter"):
+        assert next(run.attach("keep")([stranger]))["loss_weight"] == 1
+    # why it passes: by another manifest or by roots it would not
+    assert "not of its size" in caplog.messages[-1]
+    assert "give roots=[" in caplog.messages[-1]
     caplog.clear()
     with caplog.at_level(logging.WARNING, "memfilter"):
         list(run.attach(roots=[str(tmp_path)])([stranger] * 3))

@@ -71,8 +71,11 @@ def test_a_shard_of_another_host_is_found_below_the_callers_roots_alone(masked: 
     for url in (STRANGERS[2], "https://host/bucket2/a/00000.tar", "http://host/bucket/a/00000.tar"):
         with pytest.raises(KeyError):
             masked.shard_of(url, roots)
-    with pytest.raises(ConfigError, match=r"roots='s3://x': give a list"):
-        masked.attach(roots="s3://x")
+    with pytest.raises(KeyError, match=r"/a/00000\.tar: not there, or not of its size"):
+        masked.shard_of("/scratch/a/00000.tar")
+    for one in ("s3://x", Path("/x")):
+        with pytest.raises(ConfigError, match=rf"roots='{one}': give a list"):
+            masked.attach(roots=one)  # type: ignore[arg-type]
 
 
 def test_every_look_up_takes_the_callers_roots(masked: Manifest) -> None:
@@ -129,8 +132,11 @@ def test_of_two_names_that_a_path_ends_with_the_longer_one_is_its_shard(tmp_path
     manifest = memfilter.run([str(tmp_path / "in")], tmp_path / "out", workers=1)
     (tmp_path / "b" / "a").mkdir(parents=True)
     shutil.copy(tmp_path / "in" / "0.tar", tmp_path / "b" / "a")
-    with pytest.raises(KeyError, match=r"not of its size, so not taken for .*/in/a/0\.tar"):
+    with pytest.raises(KeyError, match=rf"not of its size, so not taken for {tmp_path}/in/a/0\.tar"):
         manifest.shard_of(f"{tmp_path}/b/a/0.tar")
+    copied = Manifest.load(shutil.copytree(manifest.path / "manifest", tmp_path / "copied" / "manifest").parent)
+    with pytest.raises(KeyError, match=r"so not taken for a/0\.tar; if"):  # which lies nobody knows where
+        copied.shard_of(f"{tmp_path}/b/a/0.tar")
     shutil.copy(tmp_path / "in" / "a" / "0.tar", tmp_path / "b" / "a")
     assert manifest.shard_of(f"{tmp_path}/b/a/0.tar") == "a/0.tar"
 
