@@ -33,9 +33,9 @@ def decide(
 
     Where an image group's keeper is masked or dropped for its magnitude, its heir is kept in its stead: the best-ranked
     copy with an ordinary caption.  The heir takes the pool and is the canonical sample of the others, which are full or
-    partial duplicates as if the keeper were not there; the keeper has the pool weight 0.  So no image is lost to two
-    policies, and none whose copies go trains twice.  Without an heir, a masked keeper may train on its pool; where that
-    is empty, the pool weight is 0 too.
+    partial duplicates as if the keeper were not there; the keeper has the pool weight 0.  So no image is lost to its
+    keeper's caption and the image policies, and none whose copies go trains twice.  Without an heir, a masked keeper
+    may train on its pool; where that is empty, the pool weight is 0 too.
 
     `general` holds of each distinct caption the general one that joins the pools of its samples, null for none.
     """
@@ -68,7 +68,7 @@ def decide(
         to = np.where((action == DROP) | replaced, heir, rows)  # a copy that stays keeps its captions to itself
         pooled = _pool(samples, groups, captions, over, action, to, general)
     weight = _share(groups, policy, action == KEEP)
-    masked_for_caption = (action == MASK) & (by_image == KEEP) & ~by_caption & ~replaced
+    masked_for_caption = (action == MASK) & (by_image == KEEP) & ~by_caption
     has_caption = pc.fill_null(pc.list_value_length(pooled), 0).to_numpy() > 0
     pool_weight = _share(groups, policy, (action == KEEP) | (masked_for_caption & has_caption))
     mitigate = (action <= MASK) & _handed_over(groups, policy)

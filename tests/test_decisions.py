@@ -550,6 +550,14 @@ def test_an_heir_is_the_one_that_its_caption_group_keeps() -> None:
     assert found.canonical.tolist() == [1, -1, 1]
 
 
+def test_where_a_caption_policy_drops_the_heir_it_still_stands_for_the_image() -> None:
+    policy = Policies(caption_duplicate="drop")
+    rows = (Row(1, "Cat"), Row(0, "key"), Row(0, "cat"), Row(0, "more"))
+    found = decided(case_of(*rows, policy=policy, magnitude=MEMORIZED))
+    assert actions(found) == ["keep", "mask", "drop", "drop"]
+    assert found.canonical.tolist() == [-1, 2, 0, 2]
+
+
 def test_the_general_form_of_a_memorized_keepers_caption_goes_to_its_heir() -> None:
     general = {"key": "a thing", "fine": "a fine thing"}
     found = decided(case_of(*KEYS[:3], magnitude=MEMORIZED), general)
