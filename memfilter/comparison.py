@@ -125,7 +125,7 @@ Planes = npt.NDArray[np.float32]
 @cache
 def identity() -> str:
     """What shapes a score: the trees, and how pictures are brought to them."""
-    return f"comparison-4/{xxhash.xxh3_128_hexdigest(TREES.read_bytes())}"
+    return f"comparison-5/{xxhash.xxh3_128_hexdigest(TREES.read_bytes())}"
 
 
 def planes(colour: npt.NDArray[np.uint8], found: Planes | None = None) -> Planes:

@@ -45,16 +45,14 @@ def laid(needle: npt.NDArray[np.float32], hay: npt.NDArray[np.float32]) -> list[
 def test_a_crop_lies_where_it_was_cut(seed: int) -> None:
     random, whole = np.random.default_rng(seed), page(seed)
     top, left = random.integers(0, 28, 2)
-    height, width = random.integers(160, 192 - 27, 2)
-    expected = [(top + height / 2) / 192, height / 192, (left + width / 2) / 192, width / 192]
-    part = whole[top : top + height, left : left + width]
+    tall, wide = random.integers(160, 192 - 27, 2)
+    expected = [(top + tall / 2) / 192, tall / 192, (left + wide / 2) / 192, wide / 192]
+    part = whole[top : top + tall, left : left + wide]
     assert laid(part, whole) == pytest.approx(expected, abs=1.5 / SIDE)
     # the other way round, the whole reaches beyond its part
-    assert laid(whole, part) == pytest.approx(
-        [0.5 + (0.5 - expected[0]) / expected[1], 1 / expected[1]]
-        + [0.5 + (0.5 - expected[2]) / expected[3], 1 / expected[3]],
-        abs=2 / SIDE,
-    )
+    (y, height), (x, width) = expected[:2], expected[2:]
+    inverse = [0.5 + (0.5 - y) / height, 1 / height, 0.5 + (0.5 - x) / width, 1 / width]
+    assert laid(whole, part) == pytest.approx(inverse, abs=2 / SIDE)
 
 
 @pytest.mark.parametrize("seed", range(6))
