@@ -32,10 +32,12 @@ from .alignment import (
     _refine,
     _resized,
     _sums,
+    _surprise,
     _warp,
     _warp_planes,
     align,
 )
+from .axes import lay_by_axes
 from .compiled import kernel
 from .records import THUMBNAIL_SIDE, Floats, Indices
 
@@ -107,9 +109,11 @@ _HALF, _STEPS, _LAST_STEPS = 64, 4, 2  # side and steps at which the map is refi
 _LEAST_SQUARES = 20.0  # width of trust that leaves no pixel out
 _OVERLAP = 0.6  # share of the smaller picture on the larger one under which none is a copy: two flags share a stripe
 _LEAST_DEVIATION = 2.0  # levels of luma or colour under which a picture shows nothing at this size
+_FULL_STEPS, _CLOSE = 3, 0.05  # steps at full size, and the change of the map that they may make
+_NEAR = 0.02  # of the side, by which the search may be off
 _FAR = 0.25  # change of the map beyond which it is not trusted
-_WELL = 0.8  # correlation of fine structure at which nothing else is tried
-_SYMMETRIC = 0.02  # of this correlation, that a mirror image must have more
+_WELL = 2.3  # what correlation of fine structure says, at which nothing else is tried
+_SYMMETRIC = 0.1  # of this
 _FEWEST = 200  # pixels on each other, under which there is nothing to compare
 
 SHAPE = (3, _SIDE, _SIDE)
@@ -121,7 +125,7 @@ Planes = npt.NDArray[np.float32]
 @cache
 def identity() -> str:
     """What shapes a score: the trees, and how pictures are brought to them."""
-    return f"comparison-4/{xxhash.xxh3_128_hexdigest(TREES.read_bytes())}"
+    return f"comparison-5/{xxhash.xxh3_128_hexdigest(TREES.read_bytes())}"
 
 
 def planes(colour: npt.NDArray[np.uint8], found: Planes | None = None) -> Planes:
@@ -222,7 +226,7 @@ def _climb(found, feature, limit, left, right, roots, score):  # type: ignore[no
 
 @_compiled
 def _compare_all(pictures, a, b, maps, mirrored, turned, found):  # type: ignore[no-untyped-def]
-    room = np.empty((2, _PLANES * _SIDE * _SIDE), np.float32)
+    room, another = np.empty((2, _PLANES * _SIDE * _SIDE), np.float32), np.empty(6)
     for i in range(len(a)):
         one, other, affine = pictures[a[i]], pictures[b[i]], maps[i].copy()
         upright = other
@@ -233,16 +237,45 @@ def _compare_all(pictures, a, b, maps, mirrored, turned, found):  # type: ignore
         needle, hay = (one, other) if turned[i] else (other, one)
         fit = _laid(needle[0], hay[0], affine)
         # a symmetric drawing lies on its copy in the mirror too, and a soft edge can lead the search astray
-        if mirrored[i] or fit < _WELL:
-            as_it_is = np.empty(6)
-            _lay(as_it_is, 0.0, 0.0, 0.0)
-            if _laid(upright[0], one[0], as_it_is) >= fit - (_SYMMETRIC if mirrored[i] else 0.0):
-                needle, hay, affine, found[i, 1] = upright, one, as_it_is, 0.0
+        is_as_it_is = not mirrored[i] and _is_as_it_is(maps[i])
+        for way in range(1 if is_as_it_is else 0, _WAYS if mirrored[i] or fit < _WELL else 0):
+            turned_ = _lay_anew(way, upright[0], one[0], another)
+            first, second = (one, upright) if turned_ else (upright, one)
+            anew = _laid(first[0], second[0], another)
+            if anew >= fit - (_SYMMETRIC if found[i, 1] else 0.0):
+                needle, hay, affine, fit, found[i, 1] = first, second, another.copy(), anew, 0.0
+            if fit >= _WELL:
+                break
+        _refine_in_full(needle[0], hay[0], affine)
         _compare(needle, hay, affine, found[i], room)
         found[i, 50], found[i, 51] = _ground(needle[0]), _ground(hay[0])
         for less, more in _OF_EACH:  # a pair has no order
             if found[i, less] > found[i, more]:
                 found[i, less], found[i, more] = found[i, more], found[i, less]
+
+
+@_compiled
+def _is_as_it_is(affine):  # type: ignore[no-untyped-def]
+    """Tell whether a map is so near to none that refining that one would lead to the same place."""
+    away = max(abs(affine[0] - 0.5), abs(affine[3] - 0.5), abs(affine[1] - 1), abs(affine[5] - 1))
+    return max(away, abs(affine[2]), abs(affine[4])) < _NEAR
+
+
+@_compiled
+def _lay_anew(way, needle, hay, affine):  # type: ignore[no-untyped-def]
+    """Fill in a map: 0 as the needle is, 1 by its rows and columns; tell whether the hay is the smaller one by it."""
+    if way == 0:
+        _lay(affine, 0.0, 0.0, 0.0)
+        return False
+    lay_by_axes(_resized(needle, _HALF, _HALF), _resized(hay, _HALF, _HALF), affine)
+    if affine[1] * affine[5] <= 1:
+        return False
+    for at, scale in ((0, affine[1]), (3, affine[5])):
+        affine[at], affine[at + 1 + at // 3] = 0.5 + (0.5 - affine[at]) / scale, 1 / scale
+    return True
+
+
+_WAYS = 2
 
 
 @_compiled
@@ -273,15 +306,31 @@ def _laid(needle, hay, affine):  # type: ignore[no-untyped-def]
     for moved in (near, affine):  # far from where the search led there is another picture, or an upside-down one
         if np.abs(moved - start).max() > _FAR:
             moved[:] = start
-    laid, inside = np.empty_like(pattern), np.empty(pattern.shape, np.bool_)
-    fine = _fine(pattern)
-    _warp(ground, affine, laid, inside)
-    fit = _correlation(fine, _fine(laid), inside, 0, height, 0, width, 2.0)
-    _warp(ground, near, laid, inside)
-    nearer = _correlation(fine, _fine(laid), inside, 0, height, 0, width, 2.0)
-    if nearer > fit:
+    says, nearer = _says(pattern, ground, affine), _says(pattern, ground, near)
+    if nearer > says:
         affine[:] = near
-    return max(fit, nearer)
+    return max(says, nearer)
+
+
+@_compiled
+def _refine_in_full(needle, hay, affine):  # type: ignore[no-untyped-def]
+    """Refine how the needle lies on the hay at full size: a tenth of a pixel shows in small print."""
+    height = max(16, min(_SIDE, round(abs(affine[1]) * _SIDE)))
+    width = max(16, min(_SIDE, round(abs(affine[5]) * _SIDE)))
+    pattern, better = _resized(needle, height, width), affine.copy()
+    _refine(pattern, hay, better, _FULL_STEPS, _ROBUST)
+    if np.abs(better - affine).max() <= _CLOSE and _says(pattern, hay, better) > _says(pattern, hay, affine):
+        affine[:] = better
+
+
+@_compiled
+def _says(needle, hay, affine):  # type: ignore[no-untyped-def]
+    """Return how much it says that fine structure correlates so: more on a larger part."""
+    laid, inside = np.empty_like(needle), np.empty(needle.shape, np.bool_)
+    n = _warp(hay, affine, laid, inside)
+    correlation = _correlation(_fine(needle), _fine(laid), inside, 0, len(needle), 0, needle.shape[1], 2.0)
+    share = abs(affine[1] * affine[5] - affine[2] * affine[4]) * n / needle.size
+    return _surprise(correlation) * min(share, 1.0)
 
 
 @_compiled

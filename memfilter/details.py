@@ -24,6 +24,9 @@ WHOLE: Box = (0, SIDE, 0, SIDE)
 
 _ALIKE = 16  # levels by which pixels of one colour may differ, after lossy compression
 _LEAST = 16  # pixels of 128 on a side that are left, however small the content
+_MIXED = 2  # lines beside a frame that have something of its colour
+_NARROW = 16  # lines of a frame from which these are left out
+_AT_ONCE = 8  # lines that are looked at together
 _FRAMES = 3  # frames within each other that are cut off: a black one, say, and a white margin inside
 _QUALITIES = (85, 70, 50, 30, 15, 5)
 
@@ -54,12 +57,15 @@ def content(picture: Pixels) -> Box | None:
     for _ in range(_FRAMES):
         border = _border(picture[inner[0] : inner[1], inner[2] : inner[3]])
         cut = inner[0] + border[0], inner[1] - border[1], inner[2] + border[2], inner[3] - border[3]
-        # the next line is mixed of the border's colour and of what comes behind it
-        within = cut[0] + 1, cut[1] - 1, cut[2] + 1, cut[3] - 1
-        left = picture[within[0] : within[1], within[2] : within[3]]
-        if not any(border) or not left.size or is_one_colour(left):
+        if not any(border):
             break
-        box, inner = cut, within
+        # the next lines are mixed of the border's colour and of what comes behind it
+        within = cut[0] + _MIXED, cut[1] - _MIXED, cut[2] + _MIXED, cut[3] - _MIXED
+        left = picture[within[0] : within[1], within[2] : within[3]]
+        if not left.size or is_one_colour(left):
+            break
+        # a margin may be wide, and what stands in it small
+        box, inner = within if 0 < min(border) <= max(border) <= _NARROW else cut, within
         if not all(border):
             break
     return _widened(box)
@@ -74,6 +80,8 @@ def _border(picture: Pixels) -> Box:
 def _opposite(picture: Pixels) -> tuple[int, int]:
     """Return how many lines of one colour there are above, and how many of the same below; none where all are."""
     above, below = _lines(picture), _lines(picture[::-1])
+    if not (above or below):  # as of most photos, and their colours take time
+        return 0, 0
     same = np.abs(_colour(picture[0]) - _colour(picture[-1])).max() <= 2 * _ALIKE
     return (above, below) if above + below < len(picture) and (same or not (above and below)) else (0, 0)
 
@@ -82,8 +90,12 @@ def _lines(picture: Pixels) -> int:
     """Return how many lines from the first one on have the first one's colour."""
     if np.ptp(picture[0], 0).max() > 2 * _ALIKE:  # as of most photos
         return 0
-    same = np.abs(picture.astype(np.int16) - _colour(picture[0])).max((1, 2)) <= _ALIKE
-    return len(same) if same.all() else int(same.argmin())
+    colour = _colour(picture[0])
+    for start in range(0, len(picture), _AT_ONCE):  # most borders are narrow
+        same = np.abs(picture[start : start + _AT_ONCE] - colour).max((1, 2)) <= _ALIKE
+        if not same.all():
+            return start + int(same.argmin())
+    return len(picture)
 
 
 def _colour(pixels: Pixels) -> npt.NDArray[np.int16]:

@@ -98,7 +98,7 @@ _INSTRUCTIONS = {  # the highest first
 
 def made_by(config: Config) -> dict[str, str]:
     """Return all that shapes a signature's numbers beside the sample and the configuration's own values."""
-    found = {"signatures": "signatures-5", "forms": FORMS, **versions(config.images.hash), **codecs()}
+    found = {"signatures": "signatures-6", "forms": FORMS, **versions(config.images.hash), **codecs()}
     if encoder := image_encoder(config.images.encoder):
         found |= {"torch": version("torch"), "instructions": instruction_set(), "encoder": encoder.identity}
     return found

@@ -727,7 +727,7 @@ def test_signatures_of_a_version_that_did_not_record_it_are_taken_as_they_are(
     assert memfilter.verify(out) == []
     assert Manifest.load(out).info["versions"]["pillow"]
     memfilter.run([str(folder)], out, config(**MASK), workers=1)
-    assert "signatures an earlier version of memfilter → signatures-5" in caplog.text
+    assert "signatures an earlier version of memfilter → signatures-6" in caplog.text
     with pytest.raises(ConfigError, match=r"a/00000\.tar has no signatures .* need 'memfilter run' with --update"):
         memfilter.rethreshold(out, file_of(tmp_path, images={"hash": "dhash"}), workers=1)
     memfilter.run([str(folder)], out, config(**MASK), workers=1, update=True)
