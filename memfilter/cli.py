@@ -16,6 +16,10 @@ from .errors import MemfilterError
 
 _CONFIG = click.option("--config", type=click.Path(path_type=Path), help="YAML file; keys not given have defaults.")
 _WORKERS = click.option("--workers", type=click.IntRange(min=1), help="Worker processes (default: one per CPU).")
+_INPUTS = click.option(
+    "--inputs", multiple=True, metavar="PATTERNS", help="Where input shards lie that are no local files, or have moved."
+)
+_TRUST = click.option("--trust", is_flag=True, help="Use all that DIRECTORY names: hosts, commands, code.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,14 +61,18 @@ def run(
 @cli.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @_CONFIG
+@_INPUTS
+@_TRUST
 @_WORKERS
-def rethreshold(directory: Path, config: Path | None, workers: int | None) -> None:
+def rethreshold(
+    directory: Path, config: Path | None, inputs: tuple[str, ...], trust: bool, workers: int | None
+) -> None:
     """Decide again in a run's DIRECTORY with the keys in --config, without reading the pixels again."""
     from . import pipeline, summary
     from .manifest import read_info
 
     before = read_info(directory)
-    manifest = pipeline.rethreshold(directory, config, workers)
+    manifest = pipeline.rethreshold(directory, config, workers, inputs, trust)
     click.echo("\n".join([*summary.changes(before, manifest.info), *summary.lines(manifest.info, str(directory))]))
 
 
@@ -74,9 +82,18 @@ def rethreshold(directory: Path, config: Path | None, workers: int | None) -> No
 @click.option("--model", help="A transformers language model's folder, or the name of the endpoint's model.")
 @click.option("--endpoint", metavar="URL", help="An OpenAI-compatible endpoint; its key is OPENAI_API_KEY.")
 @click.option("--rule", is_flag=True, help="No model: remove names, numbers and rare words.")
+@_INPUTS
+@_TRUST
 @_WORKERS
 def generalise(
-    directory: Path, config: Path | None, model: str | None, endpoint: str | None, rule: bool, workers: int | None
+    directory: Path,
+    config: Path | None,
+    model: str | None,
+    endpoint: str | None,
+    rule: bool,
+    inputs: tuple[str, ...],
+    trust: bool,
+    workers: int | None,
 ) -> None:
     """Rewrite the captions of flagged samples in a run's DIRECTORY as general ones, for the pools of captions.
 
@@ -90,7 +107,7 @@ def generalise(
     given = {name: value for name, value in (("model", model), ("endpoint", endpoint)) if value}
     settings = {"model": None, "endpoint": None, **given} if rule or model else given
     before = read_info(directory)
-    manifest = pipeline.generalise(directory, config, workers, settings)
+    manifest = pipeline.generalise(directory, config, workers, settings, inputs, trust)
     for line in summary.changes(before, manifest.info):
         click.echo(line)
     click.echo(summary.generalised_line(manifest.info["generalised"]))
@@ -101,10 +118,13 @@ def generalise(
 @cli.command()
 @click.argument("sample", nargs=-1, metavar="[DIRECTORY [SHARD] KEY]")
 @click.option("--prompt", help="Explain this prompt in place of a run's sample; --model is needed.")
-@click.option("--model", help="A diffusers pipeline's folder or hub id (default: the run's own).")
+@click.option("--model", help="A diffusers pipeline's folder or hub id: where the run's own lies.")
+@_TRUST
 @click.option("--steps", type=click.IntRange(1, 50), default=1, show_default=True, help="First steps of 50 to average.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the weight of every token.")
-def explain(sample: tuple[str, ...], prompt: str | None, model: str | None, steps: int, as_json: bool) -> None:
+def explain(
+    sample: tuple[str, ...], prompt: str | None, model: str | None, trust: bool, steps: int, as_json: bool
+) -> None:
     """Show which words of a caption carry its magnitude: of the sample KEY of a run's DIRECTORY, or of any --prompt.
 
     SHARD is needed where samples of several shards have the same key.
@@ -119,7 +139,7 @@ def explain(sample: tuple[str, ...], prompt: str | None, model: str | None, step
         if len(sample) not in (2, 3):
             raise click.UsageError("give DIRECTORY KEY, DIRECTORY SHARD KEY, or --prompt TEXT --model PATH")
         directory, *shard, key = sample
-        found = attribution.explain(directory, key, shard[0] if shard else None, model, steps)
+        found = attribution.explain(directory, key, shard[0] if shard else None, model, steps, trust)
     click.echo(json.dumps(found, indent=2) if as_json else "\n".join(attribution.lines(found)))
 
 

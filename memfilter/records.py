@@ -52,6 +52,13 @@ class Shard:
     url: str
     size: int | None
     version: str | None = None
+    may_read: bool = True
+    """Whether the caller of this command named it, or it is a local file: `run.json` alone opens nothing else."""
+
+    @property
+    def stored(self) -> list[Any]:
+        """What `run.json` holds of it."""
+        return [self.name, self.url, self.size, self.version]
 
 
 def signature_schema(dim: int, hash: str = "phash", fields: tuple[str, ...] = ()) -> pa.Schema:
