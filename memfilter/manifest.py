@@ -37,7 +37,7 @@ from .records import (
     Scores,
     Shard,
 )
-from .shards import SCHEME
+from .shards import SCHEME, leads_out
 from .source import printable_key, sample_uid
 from .store import Store, done, file_digest, read_sealed, read_table, write_sealed, write_table
 
@@ -274,6 +274,12 @@ class Manifest:
             raise RunError(f"{file}: not of schema version {SCHEMA_VERSION}; run again with this version of memfilter")
         if missing := {"config", "counts", "digest", "files", "shards"} - info.keys():
             raise RunError(f"{file}: damaged, it has no {min(missing)}; run the same command again")
+        try:
+            outside = [n for n in (*(s["name"] for s in info["shards"]), *info["files"]) if leads_out(n)]
+        except (KeyError, TypeError) as e:
+            raise RunError(f"{file}: damaged ({in_one_line(e)}); run the same command again") from e
+        if outside:
+            raise RunError(f"{file}: names {min(outside)!r}, which lies outside of the run; it was not written by one")
         if (journal := store.read_journal()) is not None:
             raise RunError(f"{path}: {_under_way(journal.command, path)}")
         # a manifest that was copied away without its run is found by the shards' names alone

@@ -74,7 +74,7 @@ def run(
     rater = find_rater(config)
     if store.is_finished() and not update:
         config = unchanged(store.path, stored, shards, model, config)
-    with store.locked(), _noting_changes(store):
+    with store.locked(linked_shards=True), _noting_changes(store):
         recorded = recorded_by(store, shards) if store.is_finished() and not update else None
         by, workers = recorded or made_by(config), workers or executors.default_workers()
         own = by.get("encoder") not in (None, encoders.images and encoders.images.identity)
@@ -105,7 +105,7 @@ def rethreshold(
     here, RunError when the run was not finished, ShardError for inputs that are needed and cannot be read.
     """
     store = _run_at(path)
-    with store.locked(), _noting_changes(store):
+    with store.locked(trust), _noting_changes(store):
         job = _again(store, config_file, workers, "rethreshold", Given.by(store.path, config_file, (), inputs, trust))
         return _commit(job, _decide(job))
 
@@ -125,7 +125,7 @@ def generalise(
     again for what had no answer.  Of the rest `rethreshold` tells.  Raises what it does, and ModelError.
     """
     store = _run_at(path)
-    with store.locked(), _noting_changes(store):
+    with store.locked(trust), _noting_changes(store):
         given = Given.by(store.path, config_file, settings or {}, inputs, trust)
         job = _again(store, config_file, workers, "generalise", given, settings or {})
         work, config = job.work, job.config

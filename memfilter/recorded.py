@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from .denoisers import ModelFiles
 from .encoders.recorded import Recorded
 from .errors import ConfigError, RunError, in_one_line
 from .records import Shard, signature_schema
-from .shards import is_local
+from .shards import is_local, leads_out
 from .signatures import EARLIER, is_signed, recorded, signed_keys
 from .store import Store
 
@@ -33,10 +32,10 @@ def stored_shards(path: Path, lists: list[list[Any]]) -> list[Shard]:
         try:
             name, url, size, version = values
             shards.append(Shard(name, url, size, version, may_read=is_local(url)))
-            leads_out = os.path.isabs(name) or ".." in name.split("/")
+            is_outside = leads_out(name)
         except (AttributeError, TypeError, ValueError) as e:
             raise RunError(f"{path}: its run.json is damaged ({in_one_line(e)}); read the input with {_UPDATE}") from e
-        if leads_out:
+        if is_outside:
             raise RunError(f"{path}: its run.json names the shard {name!r}, which lies outside; give another --out")
     return shards
 

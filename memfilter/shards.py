@@ -6,6 +6,7 @@ import glob
 import io
 import json
 import os
+import posixpath
 import re
 import shlex
 import stat
@@ -57,7 +58,9 @@ def find_shards(
         name = path[len(root.rstrip("/")) :].lstrip("/")
         if not name.isprintable():
             raise InputError(f"{name!r}: a shard's name must be UTF-8 text; rename it")
-        stem = shard_stem(name)
+        if leads_out(name):
+            raise InputError(f"{url}: is listed as {name!r}, which would lead out of the run directory; rename it")
+        stem = posixpath.normpath(shard_stem(name))  # of a store, a//b and a/b are two
         if stem in shards:
             raise InputError(f"{url} and {shards[stem].url} have the same name '{name}'; set input.root to tell apart")
         shards[stem] = Shard(name, url, *urls[url])
@@ -84,6 +87,12 @@ def list_shards(patterns: Iterable[str], allow_pipe: bool = False) -> dict[str, 
     if not urls:
         raise InputError("no shards given; name .tar files, folders, globs or URLs")
     return urls
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name is none of a place below a folder, here or on another system: `..`, absolute, with a drive."""
+    parts = re.split(r"[/\\]", name)
+    return not parts[0] or ".." in parts or re.match("[A-Za-z]:", name) is not None
 
 
 def shard_stem(name: str) -> str:

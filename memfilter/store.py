@@ -126,13 +126,17 @@ class Store:
         return self.manifest / "parts" / f"{shard}.parquet"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, linked_shards: bool = False) -> Iterator[None]:
         """Hold the run directory for this process alone; the lock dies with the process.
 
-        Raises RunError when another run holds it, it cannot be written, or `next/` holds what no decision left there.
+        Raises RunError when another run holds it, it cannot be written, `next/` holds what no decision left there, or a
+        folder in it is a link, by which what is written there would land elsewhere.  That of the filtered shards may be
+        `linked_shards`, on another disk, where the caller says so.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if (self.path / ".lock").is_symlink():
+                raise RunError(f"{self.path / '.lock'}: is a link; remove it")
             lock = filelock.FileLock(self.path / ".lock", timeout=0)
             lock.acquire()
         except filelock.Timeout as e:
@@ -140,13 +144,25 @@ class Store:
         except OSError as e:
             raise RunError(f"{self.path}: cannot be written: {e.strerror}; choose another --out") from e
         try:
-            for left_over in self.path.rglob(".*.tmp"):
-                if _TEMPORARY.fullmatch(left_over.name):
-                    left_over.unlink()
+            self._clear_temporary(linked_shards)
             self.beside().check_own()
             yield
         finally:
             lock.release()
+
+    def _clear_temporary(self, linked_shards: bool) -> None:
+        """Remove the files that a killed call left half written; raises RunError for a folder that is a link."""
+        allowed = {self.beside().path, *([self.shards] if linked_shards else [])}  # `check_own` tells of the first
+        for folder, folders, files in os.walk(self.path):
+            for path in (Path(folder, name) for name in folders):
+                if path.is_symlink() and path not in allowed:
+                    advice = "; give --trust if that is meant" if path == self.shards else ""
+                    raise RunError(
+                        f"{path}: is a link, which leads out of the run directory; put the folder itself there{advice}"
+                    )
+            for name in files:
+                if _TEMPORARY.fullmatch(name):
+                    Path(folder, name).unlink()
 
     def read_run(self) -> dict[str, Any] | None:
         """Return what the first run stored, None for a new directory; raises RunError for another version's."""

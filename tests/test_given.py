@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import test_finished
 import test_generalisation
 from click.testing import CliRunner
 from conftest import encoded, picture, sample, words, write_tar
-from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from pipelines import write_pipeline
 from test_encoders import OWN
 from test_finished import RECORD, config, file_of, standing
@@ -411,3 +412,112 @@ def test_the_command_line_says_what_was_needed_in_one_line(code: Path, tmp_path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert done.stderr.startswith("memfilter: images.encoder = ")
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+OUTSIDE = ["a/../../../victim.tar", "../victim.tar", "C:/victim.tar", "a\\..\\..\\victim.tar", "//victim.tar"]
+
+
+def everything(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("name", OUTSIDE[:4])
+def test_what_a_store_lists_does_not_lead_out_of_the_run(name: str, tmp_path: Path) -> None:
+    store = MemoryFileSystem()
+    place = f"/{tmp_path.name}"
+    data = write_tar(tmp_path / "x.tar", sample("0", encoded(picture(0)), "one")).read_bytes()
+    for key in (f"{place}/in/b/0.tar", f"{place}/in/{name}"):
+        store.store[key] = MemoryFile(store, key, data)
+    before = everything(tmp_path)
+    with pytest.raises(InputError, match=r"which would lead out of the run directory; rename it"):
+        memfilter.run([f"memory://{place}/in"], tmp_path / "runs" / "out", config(), workers=1)
+    assert everything(tmp_path) == before
+
+
+def test_what_a_web_server_lists_does_not_lead_out_of_the_run(tmp_path: Path) -> None:
+    data = write_tar(tmp_path / "x.tar", sample("0", encoded(picture(0)), "one")).read_bytes()
+
+    class Listing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            page = b'<a href="a.tar">a</a> <a href="b/../../../victim.tar">b</a>'
+            body = data if self.path.endswith(".tar") else page
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            """Write no log."""
+
+    before = everything(tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/deep/in"
+        with pytest.raises(InputError, match=r"lead out of the run directory; rename it"):
+            memfilter.run([f"{url}/**/*.tar", f"{url}/a.tar"], tmp_path / "runs" / "out", config(), workers=1)
+        server.shutdown()
+    assert everything(tmp_path) == before
+
+
+def test_two_names_of_one_place_are_told_apart(tmp_path: Path) -> None:
+    store, place = MemoryFileSystem(), f"/{tmp_path.name}"
+    for key in (f"{place}/a/0.tar", f"{place}/a//0.tar", f"{place}/1.tar"):
+        store.store[key] = MemoryFile(store, key, bytes(1024))
+    with pytest.raises(InputError, match=r"have the same name"):
+        memfilter.run([f"memory://{place}"], tmp_path / "out", config(), workers=1)
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("where", ["shards", "files", "run.json"])
+def test_a_stored_name_that_leads_out_is_refused(name: str, where: str, run: Path, tmp_path: Path) -> None:
+    path = run / ("run.json" if where == "run.json" else "manifest/manifest.json")
+    stored = read_sealed(path)
+    assert stored
+    if where == "files":
+        stored["files"][name] = "0" * 32
+    elif where == "shards":
+        stored["shards"][0]["name"] = name
+    else:
+        stored["shards"][0][0] = name
+    write_sealed(path, stored)
+    with pytest.raises(RunError, match=r"which lies outside") as told:
+        memfilter.rethreshold(run, None, workers=1) if where == "run.json" else memfilter.verify(run)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("damage", [None, 3, [3], [{}], [{"name": 3}]])
+def test_a_manifest_of_no_shards_is_one_line(damage: Any, run: Path) -> None:
+    stored = read_sealed(run / "manifest" / "manifest.json")
+    assert stored
+    write_sealed(run / "manifest" / "manifest.json", {**stored, "shards": damage})
+    with pytest.raises(RunError, match=r"manifest\.json: damaged"):
+        memfilter.verify(run)
+
+
+@pytest.mark.parametrize("folder", ["signatures", "signatures/a", "manifest/parts", "edges", "shards", "shards/b"])
+def test_a_folder_that_is_a_link_is_not_written_through(folder: str, run: Path, tmp_path: Path) -> None:
+    (run / folder).rename(tmp_path / "elsewhere")
+    (run / folder).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / ".0.tar.1.memfilter.tmp").touch()
+    before = everything(tmp_path)
+    with pytest.raises(RunError, match=rf"{folder}: is a link, which leads out of the run directory"):
+        memfilter.rethreshold(run, file_of(tmp_path, **RECORD), workers=1)
+    assert everything(tmp_path) - {"out/.lock", "config.yaml"} == before - {"out/.lock", "config.yaml"}
+    if folder == "shards":  # on another disk, perhaps
+        memfilter.rethreshold(run, file_of(tmp_path, **RECORD), workers=1, trust=True)
+        assert memfilter.verify(run) == []
+
+
+def test_a_lock_that_is_a_link_is_not_followed(run: Path, tmp_path: Path) -> None:
+    (run / ".lock").unlink(missing_ok=True)
+    (tmp_path / "precious").write_text("mine")
+    (run / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(RunError, match=r"\.lock: is a link"):
+        memfilter.rethreshold(run, None, workers=1)
+    assert (tmp_path / "precious").read_text() == "mine"
