@@ -27,7 +27,9 @@ _TRUST = click.option("--trust", is_flag=True, help="Use all that DIRECTORY name
 @click.option("-v", "--verbose", is_flag=True, help="Log what the stages do.")
 def cli(verbose: bool) -> None:
     """Find and prune the training samples that text-to-image diffusion models memorize."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    if verbose:  # of this package: an HTTP client's log tells whole URLs
+        logging.getLogger("memfilter").setLevel(logging.INFO)
 
 
 @cli.command()

@@ -16,7 +16,7 @@ from .denoisers import ModelFiles
 from .encoders import image_encoder
 from .encoders.captions import caption_encoder
 from .encoders.recorded import Encoders, Recorded, RecordedCaptions
-from .errors import ConfigError, InputError
+from .errors import ConfigError, InputError, shown
 from .generality import RecordedRater, Scored, find_rater
 from .records import Shard
 from .shards import is_local, list_shards, path_of
@@ -86,7 +86,9 @@ class Given:
             ends = (path[at + 1 :] for at in range(len(path)) if path[at] == "/")
             name = next((end for end in ends if end in names), None)
             if name is not None and places.setdefault(name, url) != url:
-                raise InputError(f"--inputs: {url} and {places[name]} both end in {name}; name one of them")
+                raise InputError(
+                    f"--inputs: {shown(url)} and {shown(places[name])} both end in {name}; name one of them"
+                )
         if not places:
             raise InputError(f"--inputs: none of these is a shard of {self.path}, such as {min(names, default='')}")
         return [replace(s, url=places[s.name], may_read=True) if s.name in places else s for s in shards]

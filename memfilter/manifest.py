@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .errors import ConfigError, InputError, RunError, in_one_line
+from .errors import ConfigError, InputError, RunError, in_one_line, shown, without_secrets
 from .lookup import Lookup, write_lookup
 from .records import (
     ACTIONS,
@@ -284,7 +284,8 @@ class Manifest:
             raise RunError(f"{path}: {_under_way(journal.command, path)}")
         # a manifest that was copied away without its run is found by the shards' names alone
         run = (store.read_run() or {}) if store.run_file.exists() else {}
-        return cls(Path(os.path.abspath(path)), info, run.get("root"))
+        root = run.get("root")
+        return cls(Path(os.path.abspath(path)), info, without_secrets(root) if isinstance(root, str) else None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Manifest, (self.path, self.info, self.root, self._online)
@@ -435,7 +436,7 @@ class Manifest:
         exactly one shard.  A `pipe:` URL, which may run any command, names none.
         """
         if url.startswith("pipe:"):
-            raise KeyError(f"{url}: tell its shard with pipes={{url: name}}")
+            raise KeyError(f"{shown(url)}: tell its shard with pipes={{url: name}}")
         path, known = path_of(url), self._names
         for root in (self.root, os.path.abspath(self.path / "shards")):
             full = path if "://" in path else os.path.abspath(path)
@@ -449,13 +450,13 @@ class Manifest:
             found = [n for n in known if n == suffix or n.endswith("/" + suffix)]
             if len(found) == 1:
                 return found[0]
-        raise KeyError(f"{url}: none of the manifest's {len(known)} shards, or more than one, has this name")
+        raise KeyError(f"{shown(url)}: none of the manifest's {len(known)} shards, or more than one, has this name")
 
     def known_pipes(self, pipes: Mapping[str, str] | None) -> dict[str, str]:
         """Return a mapping of URLs to shard names; raises ConfigError where a name is none of the manifest's."""
         for url, name in (pipes or {}).items():
             if name not in self._names:
-                raise ConfigError(f"pipes: {url} is to be {name!r}, which is none of the manifest's shards")
+                raise ConfigError(f"pipes: {shown(url)} is to be {name!r}, which is none of the manifest's shards")
         return dict(pipes or {})
 
     def is_other(self, shard: str, path: str) -> bool:
@@ -553,14 +554,14 @@ _QUERY = re.compile(r"\?[^\s'\"|]*")  # in a command
 
 
 def path_of(url: str) -> str:
-    """Return a URL without query and fragment, a `pipe:` command without queries, which change as they are signed anew.
+    """Return a URL without userinfo, query and fragment, which change as it is signed anew; a command without queries.
 
     Of a file it is the path, in which `?` and `#` are letters.
     """
     if url.startswith("pipe:"):
         return _QUERY.sub("", url)
     local = url.removeprefix("file://").removeprefix("file:")
-    return url.split("?")[0].split("#")[0] if SCHEME.match(local) else local
+    return without_secrets(url.split("?")[0].split("#")[0]) if SCHEME.match(local) else local
 
 
 _SIGHTINGS = pa.schema([("shard", pa.string()), ("key", pa.string()), ("seen", pa.int64()), ("masked", pa.int64())])

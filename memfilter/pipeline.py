@@ -26,7 +26,7 @@ from .edges import find_candidates, similarity
 from .encoders import public_name
 from .encoders.captions import public_caption_name
 from .encoders.recorded import Encoders, Recorded
-from .errors import ChangedShard, ConfigError, RunError
+from .errors import ChangedShard, ConfigError, RunError, without_secrets
 from .generalisation import FLAGS, flagged, general_captions, outcome, read_generalised, rewrite
 from .generality import Scored, find_rater, generality_outcome, score_generality
 from .given import MODEL, Given
@@ -39,7 +39,7 @@ from .scores import check_devices, score_captions, score_pairs
 from .shards import find_shards
 from .signatures import EARLIER, DuplicateGauge, Signed, check_hash, is_signed, made_by, sign, was_skipped
 from .sink import kept_digest
-from .store import Store, read_digest, read_note, read_sealed, write_sealed
+from .store import Store, read_digest, read_note, read_sealed
 from .summary import statistics
 from .tagging import public_tagger
 from .thresholds import check_threshold, find_threshold
@@ -179,7 +179,7 @@ class _Job:
         settings = {
             **self.settings,
             "shards": [s.stored for s in self.shards],
-            "config": self.config.model_dump(mode="json"),
+            "config": _without_secrets(self.config.model_dump(mode="json")),
             "model": self.model and self.model.stored,
             "encoders": {**self.encoders.stored, "rater": self.rater and self.rater.about},
         }
@@ -293,16 +293,24 @@ def _again(
     return job
 
 
+def _without_secrets(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration without the passwords of its URLs; nothing is asked of these again."""
+    for section, name in (("input", "root"), ("generalise", "endpoint")):
+        if config[section][name] is not None:
+            config[section][name] = without_secrets(config[section][name])
+    return config
+
+
 @contextmanager
 def _noting_changes(store: Store) -> Iterator[None]:
     """Store of a shard whose bytes turn out to be others that it has changed: the next `run` reads it again."""
     try:
         yield
     except ChangedShard as e:
-        for file in (store.run_file, store.beside().run_file):
-            if stored := read_sealed(file):
+        for place in (store, store.beside()):
+            if stored := read_sealed(place.run_file):
                 lists = [[*values[:3], "changed"] if values[0] == e.shard else values for values in stored["shards"]]
-                write_sealed(file, {**stored, "shards": lists})
+                place.write_run({**stored, "shards": lists})
         raise
 
 

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .errors import without_secrets
+
 Ints = npt.NDArray[np.int64]
 Indices = npt.NDArray[np.integer[Any]]
 Floats = npt.NDArray[np.float32]
@@ -57,8 +59,9 @@ class Shard:
 
     @property
     def stored(self) -> list[Any]:
-        """What `run.json` holds of it."""
-        return [self.name, self.url, self.size, self.version]
+        """What `run.json` holds of it: a command as it stands, another URL without what may be secret."""
+        url = self.url if self.url.startswith("pipe:") or "://" not in self.url else without_secrets(self.url)
+        return [self.name, url, self.size, self.version]
 
 
 def signature_schema(dim: int, hash: str = "phash", fields: tuple[str, ...] = ()) -> pa.Schema:

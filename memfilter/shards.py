@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .errors import ConfigError, InputError, ShardError, in_one_line
+from .errors import ConfigError, InputError, ShardError, in_one_line, shown, without_secrets
 from .records import Shard
 from .remote import TIMEOUT, RemoteStream, Told, cause, retried
 
@@ -50,19 +50,23 @@ def find_shards(
     if root is not None:
         root = path_of(_canonical(root.removeprefix("file://"))).rstrip("/")
     else:
-        root = _common_folder(paths.values()) if settled is None else settled
+        root = _common_folder(paths.values()) if settled is None else without_secrets(settled)
     shards: dict[str, Shard] = {}
     for url, path in paths.items():
         if not path.startswith(root.rstrip("/") + "/"):
-            raise InputError(f"{url}: not below the input root {root}; give another --out or set input.root")
+            raise InputError(f"{shown(url)}: not below the input root {root}; give another --out or set input.root")
         name = path[len(root.rstrip("/")) :].lstrip("/")
         if not name.isprintable():
             raise InputError(f"{name!r}: a shard's name must be UTF-8 text; rename it")
         if leads_out(name):
-            raise InputError(f"{url}: is listed as {name!r}, which would lead out of the run directory; rename it")
+            raise InputError(
+                f"{shown(url)}: is listed as {name!r}, which would lead out of the run directory; rename it"
+            )
         stem = posixpath.normpath(shard_stem(name))  # of a store, a//b and a/b are two
         if stem in shards:
-            raise InputError(f"{url} and {shards[stem].url} have the same name '{name}'; set input.root to tell apart")
+            raise InputError(
+                f"{shown(url)} and {shown(shards[stem].url)} have the same name '{name}'; set input.root to tell apart"
+            )
         shards[stem] = Shard(name, url, *urls[url])
     return sorted(shards.values(), key=lambda s: s.name), root
 
@@ -75,7 +79,7 @@ def list_shards(patterns: Iterable[str], allow_pipe: bool = False) -> dict[str, 
             raise InputError("an empty name was given for a shard; is a variable of the shell unset?")
         if pattern.startswith("pipe:"):
             if not allow_pipe:
-                raise ConfigError(f"{pattern}: runs a command; set input.allow_pipe: true to allow it")
+                raise ConfigError(f"{shown(pattern)}: runs a command; set input.allow_pipe: true to allow it")
             urls[pattern] = Told(None, None)
             continue
         try:
@@ -180,12 +184,12 @@ def path_of(url: str) -> str:
         try:
             words = [w for w in shlex.split(url) if shard_stem(w.split("?")[0]) != w.split("?")[0]]
         except ValueError as e:
-            raise InputError(f"{url}: {in_one_line(e)}") from e
+            raise InputError(f"{shown(url)}: {in_one_line(e)}") from e
         if not words:
-            raise InputError(f"{url}: the command names no .tar file by which to know the shard")
+            raise InputError(f"{shown(url)}: the command names no .tar file by which to know the shard")
         return path_of(words[-1])
     if SCHEME.match(url):
-        return url.split("?")[0].split("#")[0]
+        return without_secrets(url.split("?")[0].split("#")[0])
     return os.path.abspath(url)
 
 

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import xxhash
 
-from .errors import ShardError, in_one_line
+from .errors import ShardError, in_one_line, shown
 from .records import Shard
 from .remote import TIMEOUT, Changed, RemoteStream
 from .shards import NOT_NAMED, REMEDY, SCHEME, is_local
@@ -143,7 +143,7 @@ def _raw(shard: Shard, timeout: float) -> Iterator[IO[bytes] | io.RawIOBase]:
             failure = e
         process.stdout.close()
         if process.wait():
-            cause = f"the command ended with exit code {process.returncode}: {url}"
+            cause = f"the command ended with exit code {process.returncode}: {shown(url)}"
             raise ShardError(f"{failure or shard.name}: {cause}") from failure
         if failure:
             raise failure

@@ -190,8 +190,10 @@ class Store:
         return stored
 
     def write_run(self, values: dict[str, Any]) -> None:
-        """Store what later commands on this directory need."""
-        write_sealed(self.run_file, {**values, "format": FORMAT})
+        """Store what later commands on this directory need; for its owner's eyes alone where it holds a command."""
+        shards = [*values.get("shards", []), *values.get("earlier", [])]
+        is_private = any(str(url).startswith("pipe:") for _, url, *_ in shards)
+        write_sealed(self.run_file, {**values, "format": FORMAT}, is_private)
 
     def settings(self) -> dict[str, Any] | None:
         """Return what the run stored, or the decision that is taking its place; raises what `read_run` does."""
@@ -255,15 +257,17 @@ def canonical(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write canonical JSON, whole or not at all."""
+def write_json(path: Path, value: Any, is_private: bool = False) -> None:
+    """Write canonical JSON, whole or not at all; one that is private nobody but its owner may read."""
     with replacing(path) as temporary:
+        if is_private:
+            temporary.touch(0o600)
         temporary.write_text(canonical(value), encoding="utf-8")
 
 
-def write_sealed(path: Path, values: dict[str, Any]) -> None:
+def write_sealed(path: Path, values: dict[str, Any], is_private: bool = False) -> None:
     """Write canonical JSON with a digest of its own, by which `is_sealed` knows that no byte has changed."""
-    write_json(path, {**values, "digest": digest_of(values)})
+    write_json(path, {**values, "digest": digest_of(values)}, is_private)
 
 
 def is_sealed(path: Path) -> bool:
