@@ -20,10 +20,9 @@ import pyarrow.compute as pc
 
 from .config import GUIDANCE, STEPS
 from .denoisers import Condition, Denoiser, ModelFiles, Token, find_model, load_denoiser
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, ModelError, printable
 from .manifest import Manifest
 from .store import Store, read_table
-from .summary import printable
 
 if TYPE_CHECKING:
     import torch

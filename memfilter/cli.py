@@ -12,7 +12,7 @@ import click
 from tqdm import tqdm
 
 from . import __version__
-from .errors import MemfilterError
+from .errors import MemfilterError, printable
 
 _CONFIG = click.option("--config", type=click.Path(path_type=Path), help="YAML file; keys not given have defaults.")
 _WORKERS = click.option("--workers", type=click.IntRange(min=1), help="Worker processes (default: one per CPU).")
@@ -20,6 +20,11 @@ _INPUTS = click.option(
     "--inputs", multiple=True, metavar="PATTERNS", help="Where input shards lie that are no local files, or have moved."
 )
 _TRUST = click.option("--trust", is_flag=True, help="Use all that DIRECTORY names: hosts, commands, code.")
+
+
+def _tell(lines: list[str]) -> None:
+    """Print lines, in which what a stranger wrote may stand."""
+    click.echo("\n".join(map(printable, lines)))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,7 +62,7 @@ def run(
         )
     before = read_info(out)
     manifest = pipeline.run(list(shards), out, given, workers, update)
-    click.echo("\n".join([*summary.changes(before, manifest.info), *summary.lines(manifest.info, str(out))]))
+    _tell([*summary.changes(before, manifest.info), *summary.lines(manifest.info, str(out))])
 
 
 @cli.command()
@@ -75,7 +80,7 @@ def rethreshold(
 
     before = read_info(directory)
     manifest = pipeline.rethreshold(directory, config, workers, inputs, trust)
-    click.echo("\n".join([*summary.changes(before, manifest.info), *summary.lines(manifest.info, str(directory))]))
+    _tell([*summary.changes(before, manifest.info), *summary.lines(manifest.info, str(directory))])
 
 
 @cli.command()
@@ -110,11 +115,14 @@ def generalise(
     settings = {"model": None, "endpoint": None, **given} if rule or model else given
     before = read_info(directory)
     manifest = pipeline.generalise(directory, config, workers, settings, inputs, trust)
-    for line in summary.changes(before, manifest.info):
-        click.echo(line)
-    click.echo(summary.generalised_line(manifest.info["generalised"]))
-    if manifest.info["generality"]:
-        click.echo(summary.generality_line(manifest.info["generality"]))
+    generality = manifest.info["generality"]
+    _tell(
+        [
+            *summary.changes(before, manifest.info),
+            summary.generalised_line(manifest.info["generalised"]),
+            *([summary.generality_line(generality)] if generality else []),
+        ]
+    )
 
 
 @cli.command()
@@ -181,9 +189,7 @@ def export(directory: Path, to: str, out: str) -> None:
     click.echo(f"{out}: {count} of {manifest.counts['read']} samples train")
     if to == "energon":
         root = manifest.root or "ROOT"
-        click.echo(
-            f"it belongs in {root}/.nv-meta: the run's input root is {root}; another needs a run with input.root"
-        )
+        _tell([f"it belongs in {root}/.nv-meta: the run's input root is {root}; another needs a run with input.root"])
 
 
 @cli.command()
@@ -214,9 +220,7 @@ def main(arguments: list[str] | None = None) -> Any:
         click.echo("memfilter: out of memory; run the same command again with fewer --workers or more memory", err=True)
         code = 1
     except OSError as e:  # a full disk, a folder that may not be written
-        click.echo(
-            f"memfilter: {e.filename or 'file system'}: {e.strerror or e}; run the same command again after mending",
-            err=True,
-        )
+        cause = printable(f"{e.filename or 'file system'}: {e.strerror or e}")
+        click.echo(f"memfilter: {cause}; run the same command again after mending", err=True)
         code = 1
     sys.exit(code if isinstance(code, int) else 0)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from . import executors, sink
 from .config import Config
-from .errors import InputError, RunError, ShardError
+from .errors import InputError, RunError, ShardError, printable
 from .manifest import read_info
 from .records import MASK, Decisions, Ints, Samples, Shard
 from .shards import NOT_NAMED, shard_stem, told_of
@@ -53,7 +53,7 @@ def names_of(shards: Iterable[str]) -> str:
     """Return the names of shards for a message."""
     some = sorted(shards)
     more = f" and {len(some) - _NAMED:,} more" if len(some) > _NAMED else ""
-    return ", ".join(some[:_NAMED]) + more
+    return printable(", ".join(some[:_NAMED]) + more)
 
 
 # -- before anything is touched ---------------------------------------------------------------------------------------

@@ -32,11 +32,11 @@ def stored_shards(path: Path, lists: list[list[Any]]) -> list[Shard]:
         try:
             name, url, size, version = values
             shards.append(Shard(name, url, size, version, may_read=is_local(url)))
-            is_outside = leads_out(name)
+            fault = "lies outside" if leads_out(name) else "" if name.isprintable() else "is no text"
         except (AttributeError, TypeError, ValueError) as e:
             raise RunError(f"{path}: its run.json is damaged ({in_one_line(e)}); read the input with {_UPDATE}") from e
-        if is_outside:
-            raise RunError(f"{path}: its run.json names the shard {name!r}, which lies outside; give another --out")
+        if fault:
+            raise RunError(f"{path}: its run.json names the shard {name!r}, which {fault}; give another --out")
     return shards
 
 

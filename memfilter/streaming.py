@@ -20,7 +20,7 @@ import xxhash
 from . import recent
 from .captions import FORMS
 from .config import Config, Policy, SavedThreshold
-from .errors import ConfigError
+from .errors import ConfigError, printable
 from .images import SUFFIXES
 from .loader import carried_weight
 from .manifest import path_of
@@ -208,7 +208,7 @@ class OnlineFilter:
             if str(self._counts["bad"]).strip("0") == "1":  # 1, 10, 100, ...
                 message = "%s: left out as bad, %s: %s; %d of %d samples so far were bad"
                 told = signature["bad"], signature["detail"], self._counts["bad"], self._counts["read"]
-                log.warning(message, place, *told)
+                log.warning(message, printable(place), *told)
             return None
         found = recent.find_image(
             self._images, signature, self.config.images.hash_radius, self.config.images.match_threshold

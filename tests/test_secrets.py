@@ -1,4 +1,4 @@
-"""Passwords, signatures and keys reach no file, no message and no log."""
+"""Passwords, signatures and keys reach no file, no message and no log; control codes no message and no log."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ from typing import Any
 import pytest
 import test_finished
 import test_generalisation
+from click.testing import CliRunner
 from conftest import encoded, picture, sample, write_tar
 from test_finished import RECORD, config, file_of
 from test_generalisation import Serve
+from test_given import forge
 from test_remote import Server
 
 import memfilter
-from memfilter import Config, ConfigError, Manifest, MemfilterError, ModelError, ShardError
+from memfilter import Config, ConfigError, Manifest, MemfilterError, ModelError, OnlineFilter, ShardError
+from memfilter.cli import cli
 from memfilter.errors import shown, without_secrets
 from memfilter.records import Shard
 from memfilter.source import open_shard
+from memfilter.store import read_sealed, write_sealed
 
 shards, finished, run = test_finished.shards, test_finished.finished, test_finished.run
 serve = test_generalisation.serve
@@ -105,8 +109,6 @@ def test_signed_urls_are_stored_without_their_signature(server: Server, shards: 
 
 
 def test_a_run_of_before_whose_root_has_a_password_goes_on(server: Server, tmp_path: Path) -> None:
-    from test_given import forge
-
     memfilter.run(signed(server, *NAMES), tmp_path / "out", config(), workers=1)
     forge(tmp_path / "out", lambda s: s.__setitem__("root", s["root"].replace("://", f"://me:{SECRET}@")))
     memfilter.run(signed(server, *NAMES), tmp_path / "out", config(), workers=1)
@@ -204,3 +206,44 @@ def test_a_picture_of_no_secret_is_as_it_was(tmp_path: Path) -> None:
     assert memfilter.run([str(shard)], tmp_path / "out", config(), workers=1).shards == ["what?x=1.tar"]
     memfilter.rethreshold(tmp_path / "out", file_of(tmp_path, **RECORD), workers=1)
     assert memfilter.verify(tmp_path / "out") == []
+
+
+# -- control codes ----------------------------------------------------------------------------------------------------
+
+CODES = "a\x1b[31m\x9bK\u202e\r\n\x07b"
+
+
+def test_keys_of_an_online_filter_reach_a_log_without_control_codes(caplog: pytest.LogCaptureFixture) -> None:
+    stream = [{"__url__": f"{CODES}.tar", "__key__": CODES, "jpg": b"\xff\xd8\xff", "txt": b"x"}]
+    with caplog.at_level(logging.WARNING):
+        assert [s["loss_weight"] for s in OnlineFilter()(stream)] in ([], [0.0])
+    (told,) = [record.getMessage() for record in caplog.records if "left out as bad" in record.getMessage()]
+    assert told.isprintable()
+    with pytest.raises(ConfigError) as wrong:
+        list(OnlineFilter()([{**stream[0], "jpg": 3}]))
+    assert str(wrong.value).replace("\n", "").isprintable()
+
+
+def test_a_loaders_warnings_have_no_control_codes(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stranger = {"__url__": f"/x/{CODES}.tar", "__key__": CODES}
+    with caplog.at_level(logging.WARNING):
+        list(Manifest.load(run).attach(missing="keep")([stranger]))
+    assert caplog.records
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+
+
+def test_what_a_manifest_tells_is_printed_without_control_codes(run: Path, tmp_path: Path) -> None:
+    stored = read_sealed(run / "manifest" / "manifest.json")
+    assert stored
+    stored["files"][CODES] = "0" * 32
+    write_sealed(run / "manifest" / "manifest.json", stored)
+    done = CliRunner().invoke(cli, ["verify", str(run)])
+    assert isinstance(done.exception, MemfilterError)
+    assert "cannot be read" in str(done.exception)
+    assert all(line.isprintable() for line in str(done.exception).split("\n"))
+    write_tar(tmp_path / "in" / "0.tar", sample("0", encoded(picture(0)), "one"))
+    memfilter.run([str(tmp_path / "in")], tmp_path / "own", config(), workers=1)
+    forge(tmp_path / "own", lambda s: s["shards"].append([f"{CODES}.tar", "/nowhere", 1, "1"]))
+    with pytest.raises(MemfilterError) as told:
+        memfilter.rethreshold(tmp_path / "own", workers=1)
+    assert str(told.value).isprintable()
