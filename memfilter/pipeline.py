@@ -60,6 +60,7 @@ def run(
     whose bytes have changed is read again in any case.  Raises a MemfilterError, in one line, for input, model or
     directory that cannot be used.
     """
+    executors.check_guard()
     config, store = config or Config(), Store(out)
     stored = store.settings() or {}
     # names below a root are settled by the first shard that was read
@@ -104,6 +105,7 @@ def rethreshold(
     Raises ConfigError for a key that changes what was read from the pixels and for what is needed and was not named
     here, RunError when the run was not finished, ShardError for inputs that are needed and cannot be read.
     """
+    executors.check_guard()
     store = _run_at(path)
     with store.locked(trust), _noting_changes(store):
         job = _again(store, config_file, workers, "rethreshold", Given.by(store.path, config_file, (), inputs, trust))
@@ -124,6 +126,7 @@ def generalise(
     is taken from these alone, never from an earlier call.  The same call continues one that was interrupted, and asks
     again for what had no answer.  Of the rest `rethreshold` tells.  Raises what it does, and ModelError.
     """
+    executors.check_guard()
     store = _run_at(path)
     with store.locked(trust), _noting_changes(store):
         given = Given.by(store.path, config_file, settings or {}, inputs, trust)

@@ -16,12 +16,11 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import filelock
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -29,6 +28,7 @@ import pyarrow.parquet as pq
 
 from .config import digest_of
 from .errors import RunError
+from .lock import locked
 
 FORMAT = 2
 """Version of the run directory's layout; another version's directory is refused."""
@@ -133,22 +133,15 @@ class Store:
         folder in it is a link, by which what is written there would land elsewhere.  That of the filtered shards may be
         `linked_shards`, on another disk, where the caller says so.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if (self.path / ".lock").is_symlink():
-                raise RunError(f"{self.path / '.lock'}: is a link; remove it")
-            lock = filelock.FileLock(self.path / ".lock", timeout=0)
-            lock.acquire()
-        except filelock.Timeout as e:
-            raise RunError(f"{self.path}: another run is using this directory; wait for it or choose another") from e
-        except OSError as e:
-            raise RunError(f"{self.path}: cannot be written: {e.strerror}; choose another --out") from e
-        try:
+        with ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.path))
+            except OSError as e:
+                raise RunError(f"{self.path}: cannot be written: {e.strerror}; choose another --out") from e
             self._clear_temporary(linked_shards)
             self.beside().check_own()
             yield
-        finally:
-            lock.release()
 
     def _clear_temporary(self, linked_shards: bool) -> None:
         """Remove the files that a killed call left half written; raises RunError for a folder that is a link."""
