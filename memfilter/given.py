@@ -105,8 +105,7 @@ class Given:
 
         Raises ConfigError where a run of an earlier version has recorded nothing and the caller gave no spec.
         """
-        stored = stored if isinstance(stored, dict) else {}
-        spec, known = config.images.encoder, Recorded.read(stored.get("images"))
+        spec, known = config.images.encoder, Recorded.read_from(stored)
         if spec is None:
             images = None
         elif known is not None and spec == before.images.encoder != "builtin":
@@ -116,7 +115,7 @@ class Given:
             images = Recorded.of(image_encoder(spec))
         if "semantic" not in config.captions.tiers:
             return Encoders(images, None)
-        spec, own = config.captions.encoder or "", RecordedCaptions.read(stored.get("captions"))
+        spec, own = config.captions.encoder or "", RecordedCaptions.read_from(stored)
         if own is not None and not self.has(config, "captions.encoder"):
             return Encoders(images, replace(own, refuse=lambda: self.check(config, "captions.encoder")))
         self.check(config, "captions.encoder")

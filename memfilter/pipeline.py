@@ -78,9 +78,9 @@ def run(
     with store.locked(linked_shards=True), _noting_changes(store):
         recorded = recorded_by(store, shards) if store.is_finished() and not update else None
         by, workers = recorded or made_by(config), workers or executors.default_workers()
-        own = by.get("encoder") not in (None, encoders.images and encoders.images.identity)
-        if own and (known := Recorded.read((stored.get("encoders") or {}).get("images"))):
-            encoders = replace(encoders, images=known)  # by which the signatures were made
+        if by.get("encoder") not in (None, encoders.images and encoders.images.identity):
+            known = Recorded.read_from(stored.get("encoders"))  # by which the signatures were made
+            encoders = replace(encoders, images=known or encoders.images)
         job = _Job(store, shards, config, model, encoders, rater, by, workers, "run", {"root": root})
         _sign_all(job)
         return _commit(job, _decide(job))

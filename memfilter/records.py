@@ -60,7 +60,7 @@ class Shard:
     @property
     def stored(self) -> list[Any]:
         """What `run.json` holds of it: a command as it stands, another URL without what may be secret."""
-        url = self.url if self.url.startswith("pipe:") or "://" not in self.url else without_secrets(self.url)
+        url = self.url if self.url.startswith(("pipe:", "/")) else without_secrets(self.url)
         return [self.name, url, self.size, self.version]
 
 

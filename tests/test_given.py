@@ -290,9 +290,11 @@ def test_captions_that_need_their_encoder_again_need_its_name(code: Path, tmp_pa
     assert same_but_run_json(tmp_path / "out", tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("recorded", [None, {"images": {"identity": 3}}, "builtin"])
+@pytest.mark.parametrize("recorded", [None, {"images": {"identity": 3}}, "builtin", [1]])
 def test_a_run_that_has_recorded_nothing_needs_the_encoders_name(code: Path, recorded: Any, tmp_path: Path) -> None:
     folder = captioned(tmp_path / "in")
+    memfilter.run([str(folder)], tmp_path / "out", Config.parse(foreign(code)), workers=1)
+    forge(tmp_path / "out", lambda s: s.__setitem__("encoders", recorded) if recorded else s.pop("encoders"))
     memfilter.run([str(folder)], tmp_path / "out", Config.parse(foreign(code)), workers=1)
     forge(tmp_path / "out", lambda s: s.__setitem__("encoders", recorded) if recorded else s.pop("encoders"))
     was_imported(code)

@@ -36,11 +36,11 @@ class Recorded:
         return cls(encoder.identity, encoder.similarity, gain, weights, preprocessing)
 
     @classmethod
-    def read(cls, values: Any) -> Recorded | None:
-        """Return what `run.json` holds, None where that is nothing of the kind."""
+    def read_from(cls, stored: Any) -> Recorded | None:
+        """Return what the `encoders` of a `run.json` hold, None where that is nothing of the kind."""
         try:
-            found = cls(**values)
-        except TypeError:
+            found = cls(**stored["images"])
+        except (KeyError, TypeError):
             return None
         is_sound = isinstance(found.gain, float) and 0 <= found.gain <= 1 and isinstance(found.preprocessing, dict)
         return found if is_sound and _is_sound(found) else None
@@ -58,9 +58,10 @@ class RecordedCaptions:
     """Raises the ConfigError that says what to give."""
 
     @classmethod
-    def read(cls, values: Any) -> RecordedCaptions | None:
-        """Return what `run.json` holds, None where that is nothing of the kind."""
+    def read_from(cls, stored: Any) -> RecordedCaptions | None:
+        """Return what the `encoders` of a `run.json` hold, None where that is nothing of the kind."""
         try:
+            values = stored["captions"]
             found = cls(values["identity"], values["similarity"], values["weights"])
         except (KeyError, TypeError):
             return None
