@@ -221,7 +221,16 @@ def test_keys_of_an_online_filter_reach_a_log_without_control_codes(caplog: pyte
     assert told.isprintable()
     with pytest.raises(ConfigError) as wrong:
         list(OnlineFilter()([{**stream[0], "jpg": 3}]))
-    assert str(wrong.value).replace("\n", "").isprintable()
+    assert str(wrong.value).isprintable()
+    piped = {**stream[0], "__url__": f"pipe:curl -H {SECRET} x.tar", "__key__": "1"}
+    for odd in ({"jpg": 3}, {"__key__": 3}):
+        with pytest.raises(ConfigError, match=r"x\.tar/\d: its") as wrong:
+            list(OnlineFilter()([{**piped, **odd}]))
+        assert SECRET not in str(wrong.value)
+    with caplog.at_level(logging.WARNING):
+        list(OnlineFilter()([piped]))
+    assert "pipe:curl … x.tar/1: left out as bad" in caplog.text
+    assert SECRET not in caplog.text
 
 
 def test_a_loaders_warnings_have_no_control_codes(run: Path, caplog: pytest.LogCaptureFixture) -> None:
