@@ -134,5 +134,9 @@ class Given:
         return RecordedRater(about, lambda: self.check(config, *keys))
 
     def model(self, model: ModelFiles | None, config: Config) -> ModelFiles | None:
-        """Return the model of a run, with whether it may be read."""
-        return model and replace(model, may_read=self.has(config, *MODEL))
+        """Return the model of a run, with whether it may be read: where the configuration names it too, or by trust."""
+        if model is None:
+            return None
+        names = ("model", "denoiser", "lora", "lora_scale", "single_file_config")
+        is_named = [model.spec, *model.parts] == [getattr(config.magnitude, name) for name in names]
+        return replace(model, may_read=self.trust or (is_named and self.has(config, *MODEL)))

@@ -365,6 +365,27 @@ def test_a_model_that_run_json_names_is_not_read(scored: tuple[Path, Path], tmp_
     assert memfilter.Manifest.load(out).info["magnitude"]["seeds"] == 2
 
 
+@pytest.mark.parametrize("key", [None, "model", "lora"])
+def test_a_model_beside_the_one_that_is_configured_is_not_read(
+    key: str | None, scored: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Where run.json tells two models, the caller has named one of them, or none, and its list of files another."""
+    model, out = scored[0], Path(shutil.copytree(scored[1], tmp_path / "out"))
+    place = Path(shutil.copytree(model, tmp_path / "elsewhere"))
+
+    def point(stored: dict[str, Any]) -> None:
+        stored["config"]["magnitude"].update(threshold=None, model=str(model) if key else None)
+        stored["model"][4 if key == "lora" else 0] = str(place)
+        stored["model"][2] = {}  # of other files, so that all scores are needed
+
+    forge(out, point)
+    before = standing(out)
+    given = {"magnitude": {"model": str(model)}} if key else RECORD
+    with pytest.raises(ConfigError, match=r"^magnitude\.model: scores are needed that the run does not have"):
+        memfilter.rethreshold(out, file_of(tmp_path, **given), workers=1)
+    assert standing(out) == before
+
+
 def test_a_file_that_a_stored_threshold_names_is_not_read(scored: tuple[Path, Path], tmp_path: Path) -> None:
     out = Path(shutil.copytree(scored[1], tmp_path / "out"))
     with pytest.raises(ConfigError, match=r"^magnitude\.threshold = .*ordinary\.txt.* alone; name it in --config"):
