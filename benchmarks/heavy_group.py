@@ -153,7 +153,8 @@ def verified(out: Path, wanted: int) -> dict[str, object]:
     assert stored
     shards = [Shard(*values) for values in stored["shards"]]
     samples = load_samples(shards, store)
-    pairs = find_candidates(samples, store, config).pairs
+    candidates = find_candidates(samples, store, config)
+    pairs = candidates.pairs
     first = next(at for shard, at in zip(shards, samples.first, strict=False) if shard.name.startswith("others/"))
     a, b = (pairs[name].to_numpy() for name in ("a", "b"))
     random = np.random.default_rng(0)
@@ -167,7 +168,8 @@ def verified(out: Path, wanted: int) -> dict[str, object]:
     result: dict[str, object] = {}
     for name, (one, other, by_hash) in kinds.items():
         (store.edges / "scores.parquet").unlink(missing_ok=True)
-        with Judge(samples, store, config, signatures_digest(shards, store), np.unique([one, other])) as judge:
+        rows = np.unique([one, other])
+        with Judge(samples, store, config, signatures_digest(shards, store), rows, candidates.encoder) as judge:
             judge.accepts(one[:100], other[:100], np.full(100, by_hash))  # compiled before it is measured
             started = time.process_time()
             accepted = judge.accepts(one[100:], other[100:], np.full(len(one) - 100, by_hash))

@@ -9,11 +9,13 @@ map (Baker and Matthews 2004, forward compositional) that let text and borders g
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from .compiled import kernel
 
 _COARSE = 16
 _REFINED = 3  # places that are refined, beside lying as they are and in the mirror
@@ -26,7 +28,7 @@ _FIRST = 1e9  # more than any evidence
 _NOTHING = -2.0  # for a correlation of less than half of the pixels
 
 _Float = npt.NDArray[np.float32]
-_compiled: Any = njit(cache=True, fastmath=True, nogil=True)
+_compiled: Any = partial(kernel, fastmath=True)
 
 
 def _sizes() -> npt.NDArray[np.int64]:

@@ -19,11 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .config import GUIDANCE, STEPS
-from .denoisers import Condition, Denoiser, Token, find_model, load_denoiser
-from .errors import ConfigError, ModelError
+from .denoisers import Condition, Denoiser, ModelFiles, Token, find_model, load_denoiser
+from .errors import ConfigError, ModelError, printable
 from .manifest import Manifest
 from .store import Store, read_table
-from .summary import printable
 
 if TYPE_CHECKING:
     import torch
@@ -146,12 +145,18 @@ def _words(text: str, tokens: list[Token], rows: list[float]) -> list[tuple[str,
 
 
 def explain(
-    directory: str | Path, key: str, shard: str | None = None, model: str | None = None, steps: int = 1
+    directory: str | Path,
+    key: str,
+    shard: str | None = None,
+    model: str | None = None,
+    steps: int = 1,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Return the attribution of a sample's caption, beside its row in the manifest, as plain data.
 
-    The model is the run's own, in the run's precision and with its seeds; `model` tells where it lies now, or takes the
-    place of one in a run that had none.  `sample` is the row with uids in hexadecimal, with `canonical`, the shard and
+    `model` tells where the run's own lies, or takes the place of one in a run that had none; it is used in the run's
+    precision and with its seeds.  With `trust`, for a run directory of one's own, it is taken, with its LoRA and other
+    parts, from where the run found it.  `sample` is the row with uids in hexadecimal, with `canonical`, the shard and
     key of the sample kept in its place, and `percentile`, the share of the run's good samples with a lower magnitude,
     in percent.
 
@@ -163,11 +168,15 @@ def explain(
     caption = _caption(manifest, row)
     settings, scoring = manifest.info["config"]["magnitude"], manifest.info["magnitude"]
     # the manifest tells the model's name alone, the run where it lay
-    own = (Store(directory).read_run() or {}).get("model")
-    spec = model or (own and own[0])
-    if spec is None:
-        raise ConfigError(f"{directory}: the run has no model; give one that has seen the data with --model")
-    files = find_model(spec, settings["mode"] == "pair", *(own[3:] if own else ()))
+    own = ModelFiles.read((Store(directory).read_run() or {}).get("model"))
+    if model is None and not (own and trust):
+        what = f"where its model {own.name} lies, run.json alone says" if own else "the run has no model"
+        advice = "say it with --model, or give --trust" if own else "give one that has seen the data with --model"
+        raise ConfigError(f"{directory}: {what}; {advice}")
+    if own and not trust and (own.denoiser or own.lora or own.single_file_config):
+        raise ConfigError(f"{directory}: where the parts of its model lie, run.json alone says; give --trust")
+    spec = model or (own and own.spec) or ""
+    files = find_model(spec, settings["mode"] == "pair", *(own.parts if own else ()))
     if scoring is not None and (other := {f for f, _ in files.files.items() ^ scoring["files"].items()}):
         raise ModelError(f"{spec}: not the run's model: its {min(other)} is another; say where that lies with --model")
     found = attribute(load_denoiser(files, settings["dtype"]), caption, steps, settings["seeds"])

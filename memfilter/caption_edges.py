@@ -74,7 +74,7 @@ def _write_embeddings(texts: list[str] | pa.Array, encoder: CaptionEncoder, work
         part = texts[start : start + _CHUNK]
         _save(paths[start], encoder.encode(part if isinstance(part, list) else part.to_pylist()).astype(np.float16))
     if not len(texts):
-        _save(work / "rows.npy", np.empty((0, encoder.dim), np.float16))
+        _save(work / "rows.npy", np.empty((0, max(encoder.dim, 1)), np.float16))
         return
     with replacing(work / "rows.npy") as temporary:
         rows = new_array(temporary, np.float16, (len(texts), encoder.dim))

@@ -20,7 +20,8 @@ from .caption_join import METHOD, NO_EDGES, Joined, banding, caption_join
 from .captions import FORMS, normalise, template
 from .config import Config, digest_of
 from .edges import signatures_digest
-from .encoders.captions import CaptionEncoder, caption_encoder
+from .encoders.captions import CaptionEncoder
+from .encoders.recorded import Encoders
 from .records import CAPTION_KEEPERS, CAPTION_METHODS, Ints, Pairs, Samples, voids
 from .store import Store, done, read_table, write_table
 
@@ -29,20 +30,23 @@ _BATCH = 1 << 17
 _LONGEST = 10_000  # characters of a caption that the near tier compares: features take forty times their bytes
 
 
-def check_captions(config: Config) -> None:
-    """Raise ConfigError or ModelError where the encoder of the tier `semantic` cannot be had."""
-    if SEMANTIC in config.captions.tiers:
-        caption_encoder(config.captions.encoder or "")
-
-
-def caption_keepers(samples: Samples, captions: pa.Table, caption: Ints, store: Store, config: Config) -> pa.Table:
+def caption_keepers(
+    samples: Samples,
+    captions: pa.Table,
+    caption: Ints,
+    store: Store,
+    config: Config,
+    encoders: Encoders | None = None,
+) -> pa.Table:
     """Write and return, of each distinct caption, the row of its group's keeper and the edge to it.
 
-    `caption` is of each sample the row of its own.  A text that no sample has as its own, and one without a visible
+    The `encoders` are those that the configuration names, unless they are given.  `caption` is of each sample the row
+    of its own.  A text that no sample has as its own, and one without a visible
     character, is in no group: -1.
     """
     tiers, near = config.captions.tiers, config.captions.near_jaccard
-    semantic = _Semantic.of(config) if SEMANTIC in tiers else None
+    encoder = (encoders or Encoders.of(config)).captions
+    semantic = _Semantic.of(encoder, config) if encoder else None
     inputs = signatures_digest(samples.shards, store)
     by_meaning = semantic and [semantic.encoder.identity, semantic.similarity]
     key = digest_of(
@@ -67,8 +71,7 @@ class _Semantic:
     similarity: float
 
     @classmethod
-    def of(cls, config: Config) -> _Semantic:
-        encoder = caption_encoder(config.captions.encoder or "")
+    def of(cls, encoder: CaptionEncoder, config: Config) -> _Semantic:
         return cls(encoder, semantic_similarity(encoder, config))
 
     def edges(self, texts: pa.ChunkedArray, store: Store, inputs: str) -> Pairs:

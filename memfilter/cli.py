@@ -12,10 +12,19 @@ import click
 from tqdm import tqdm
 
 from . import __version__
-from .errors import MemfilterError
+from .errors import MemfilterError, printable
 
 _CONFIG = click.option("--config", type=click.Path(path_type=Path), help="YAML file; keys not given have defaults.")
 _WORKERS = click.option("--workers", type=click.IntRange(min=1), help="Worker processes (default: one per CPU).")
+_INPUTS = click.option(
+    "--inputs", multiple=True, metavar="PATTERNS", help="Where input shards lie that are no local files, or have moved."
+)
+_TRUST = click.option("--trust", is_flag=True, help="Use all that DIRECTORY names: hosts, commands, code.")
+
+
+def _tell(lines: list[str]) -> None:
+    """Print lines, in which what a stranger wrote may stand."""
+    click.echo("\n".join(map(printable, lines)))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,7 +32,9 @@ _WORKERS = click.option("--workers", type=click.IntRange(min=1), help="Worker pr
 @click.option("-v", "--verbose", is_flag=True, help="Log what the stages do.")
 def cli(verbose: bool) -> None:
     """Find and prune the training samples that text-to-image diffusion models memorize."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    if verbose:  # of this package: an HTTP client's log tells whole URLs
+        logging.getLogger("memfilter").setLevel(logging.INFO)
 
 
 @cli.command()
@@ -51,21 +62,25 @@ def run(
         )
     before = read_info(out)
     manifest = pipeline.run(list(shards), out, given, workers, update)
-    click.echo("\n".join([*summary.changes(before, manifest.info), *summary.lines(manifest.info, str(out))]))
+    _tell([*summary.changes(before, manifest.info), *summary.lines(manifest.info, str(out))])
 
 
 @cli.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @_CONFIG
+@_INPUTS
+@_TRUST
 @_WORKERS
-def rethreshold(directory: Path, config: Path | None, workers: int | None) -> None:
+def rethreshold(
+    directory: Path, config: Path | None, inputs: tuple[str, ...], trust: bool, workers: int | None
+) -> None:
     """Decide again in a run's DIRECTORY with the keys in --config, without reading the pixels again."""
     from . import pipeline, summary
     from .manifest import read_info
 
     before = read_info(directory)
-    manifest = pipeline.rethreshold(directory, config, workers)
-    click.echo("\n".join([*summary.changes(before, manifest.info), *summary.lines(manifest.info, str(directory))]))
+    manifest = pipeline.rethreshold(directory, config, workers, inputs, trust)
+    _tell([*summary.changes(before, manifest.info), *summary.lines(manifest.info, str(directory))])
 
 
 @cli.command()
@@ -74,9 +89,18 @@ def rethreshold(directory: Path, config: Path | None, workers: int | None) -> No
 @click.option("--model", help="A transformers language model's folder, or the name of the endpoint's model.")
 @click.option("--endpoint", metavar="URL", help="An OpenAI-compatible endpoint; its key is OPENAI_API_KEY.")
 @click.option("--rule", is_flag=True, help="No model: remove names, numbers and rare words.")
+@_INPUTS
+@_TRUST
 @_WORKERS
 def generalise(
-    directory: Path, config: Path | None, model: str | None, endpoint: str | None, rule: bool, workers: int | None
+    directory: Path,
+    config: Path | None,
+    model: str | None,
+    endpoint: str | None,
+    rule: bool,
+    inputs: tuple[str, ...],
+    trust: bool,
+    workers: int | None,
 ) -> None:
     """Rewrite the captions of flagged samples in a run's DIRECTORY as general ones, for the pools of captions.
 
@@ -90,21 +114,27 @@ def generalise(
     given = {name: value for name, value in (("model", model), ("endpoint", endpoint)) if value}
     settings = {"model": None, "endpoint": None, **given} if rule or model else given
     before = read_info(directory)
-    manifest = pipeline.generalise(directory, config, workers, settings)
-    for line in summary.changes(before, manifest.info):
-        click.echo(line)
-    click.echo(summary.generalised_line(manifest.info["generalised"]))
-    if manifest.info["generality"]:
-        click.echo(summary.generality_line(manifest.info["generality"]))
+    manifest = pipeline.generalise(directory, config, workers, settings, inputs, trust)
+    generality = manifest.info["generality"]
+    _tell(
+        [
+            *summary.changes(before, manifest.info),
+            summary.generalised_line(manifest.info["generalised"]),
+            *([summary.generality_line(generality)] if generality else []),
+        ]
+    )
 
 
 @cli.command()
 @click.argument("sample", nargs=-1, metavar="[DIRECTORY [SHARD] KEY]")
 @click.option("--prompt", help="Explain this prompt in place of a run's sample; --model is needed.")
-@click.option("--model", help="A diffusers pipeline's folder or hub id (default: the run's own).")
+@click.option("--model", help="A diffusers pipeline's folder or hub id: where the run's own lies.")
+@_TRUST
 @click.option("--steps", type=click.IntRange(1, 50), default=1, show_default=True, help="First steps of 50 to average.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the weight of every token.")
-def explain(sample: tuple[str, ...], prompt: str | None, model: str | None, steps: int, as_json: bool) -> None:
+def explain(
+    sample: tuple[str, ...], prompt: str | None, model: str | None, trust: bool, steps: int, as_json: bool
+) -> None:
     """Show which words of a caption carry its magnitude: of the sample KEY of a run's DIRECTORY, or of any --prompt.
 
     SHARD is needed where samples of several shards have the same key.
@@ -119,7 +149,7 @@ def explain(sample: tuple[str, ...], prompt: str | None, model: str | None, step
         if len(sample) not in (2, 3):
             raise click.UsageError("give DIRECTORY KEY, DIRECTORY SHARD KEY, or --prompt TEXT --model PATH")
         directory, *shard, key = sample
-        found = attribution.explain(directory, key, shard[0] if shard else None, model, steps)
+        found = attribution.explain(directory, key, shard[0] if shard else None, model, steps, trust)
     click.echo(json.dumps(found, indent=2) if as_json else "\n".join(attribution.lines(found)))
 
 
@@ -159,9 +189,7 @@ def export(directory: Path, to: str, out: str) -> None:
     click.echo(f"{out}: {count} of {manifest.counts['read']} samples train")
     if to == "energon":
         root = manifest.root or "ROOT"
-        click.echo(
-            f"it belongs in {root}/.nv-meta: the run's input root is {root}; another needs a run with input.root"
-        )
+        _tell([f"it belongs in {root}/.nv-meta: the run's input root is {root}; another needs a run with input.root"])
 
 
 @cli.command()
@@ -192,9 +220,7 @@ def main(arguments: list[str] | None = None) -> Any:
         click.echo("memfilter: out of memory; run the same command again with fewer --workers or more memory", err=True)
         code = 1
     except OSError as e:  # a full disk, a folder that may not be written
-        click.echo(
-            f"memfilter: {e.filename or 'file system'}: {e.strerror or e}; run the same command again after mending",
-            err=True,
-        )
+        cause = printable(f"{e.filename or 'file system'}: {e.strerror or e}")
+        click.echo(f"memfilter: {cause}; run the same command again after mending", err=True)
         code = 1
     sys.exit(code if isinstance(code, int) else 0)

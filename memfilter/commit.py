@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from . import executors, sink
 from .config import Config
-from .errors import InputError, RunError, ShardError
+from .errors import InputError, RunError, ShardError, printable
 from .manifest import read_info
 from .records import MASK, Decisions, Ints, Samples, Shard
-from .shards import shard_stem, told_of
+from .shards import NOT_NAMED, shard_stem, told_of
 from .source import content_digest
 from .store import Journal, Store, file_digest, read_digest, read_note, read_table, write_sealed
 
@@ -53,7 +53,7 @@ def names_of(shards: Iterable[str]) -> str:
     """Return the names of shards for a message."""
     some = sorted(shards)
     more = f" and {len(some) - _NAMED:,} more" if len(some) > _NAMED else ""
-    return ", ".join(some[:_NAMED]) + more
+    return printable(", ".join(some[:_NAMED]) + more)
 
 
 # -- before anything is touched ---------------------------------------------------------------------------------------
@@ -175,8 +175,10 @@ class Planner:
             return {name: fault for name, fault in faults if fault is not None}
 
     def _fault(self, shard: Shard) -> str | None:
+        if not shard.may_read:
+            return NOT_NAMED
         if shard.url.startswith("pipe:"):
-            return None if self.config.input.allow_pipe else "a command, which nobody may run"
+            return None
         try:
             told = told_of(shard.url)
         except InputError as e:
@@ -270,8 +272,8 @@ def commit(
     work.clear()
     if plan.left:
         log.warning(
-            "%s: %s: not meant any more, and kept: the input is gone or has changed, so that nothing could make them "
-            "again",
+            "%s: %s: not meant any more, and kept: the input is gone, has changed or was not named, so that nothing "
+            "could make them again",
             run.shards,
             names_of(plan.left),
         )

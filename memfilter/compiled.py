@@ -27,11 +27,14 @@ def _compile(function: Callable[P, R]) -> Callable[P, R]:
     return found
 
 
-def kernel(function: F) -> F:
-    """Return the function, always compiled, free of the interpreter's lock, its machine code kept where it may be."""
+def kernel(function: F, fastmath: bool = False) -> F:
+    """Return the function, always compiled, free of the interpreter's lock, its machine code kept where it may be.
+
+    Never in a run directory: machine code is unpickled when it is read.
+    """
     from numba import njit
 
     try:
-        return njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
+        return njit(cache=True, nogil=True, fastmath=fastmath)(function)  # type: ignore[no-any-return]
     except RuntimeError:  # there is no folder to keep the machine code in
-        return njit(nogil=True)(function)  # type: ignore[no-any-return]
+        return njit(nogil=True, fastmath=fastmath)(function)  # type: ignore[no-any-return]

@@ -294,21 +294,11 @@ class Config(_Section):
         Raises ConfigError, in one line, for a file that cannot be read, unknown keys and values out of range.
         """
         values = base.model_dump(mode="json") if base else {}
-        if path is not None:
-            try:
-                given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError) as e:
-                raise ConfigError(f"{path}: cannot be read: {e}") from e
-            except (yaml.YAMLError, ValueError) as e:
-                raise ConfigError(f"{path}: not YAML: {' '.join(str(e).split())}") from e
-            given = {} if given is None else given
-            if not isinstance(given, dict):
-                raise ConfigError(f"{path}: must hold sections such as 'images:', not a {type(given).__name__}")
-            for section, keys in given.items():
-                if isinstance(keys, dict):
-                    values[section] = {**values.get(section, {}), **keys}
-                elif keys is not None or section not in cls.model_fields:
-                    values[section] = keys
+        for section, keys in read_yaml(path).items() if path is not None else ():
+            if isinstance(keys, dict):
+                values[section] = {**values.get(section, {}), **keys}
+            elif keys is not None or section not in cls.model_fields:
+                values[section] = keys
         return cls.parse(values, str(path))
 
     @classmethod
@@ -324,6 +314,20 @@ class Config(_Section):
         dump = self.model_dump(mode="json")
         values = {key: dump[key.split(".")[0]][key.split(".")[1]] for key in sorted(keys)}
         return digest_of(values)
+
+
+def read_yaml(path: str | Path) -> dict[Any, Any]:
+    """Return what a configuration file holds; raises ConfigError for one that cannot be read or holds no sections."""
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read: {e}") from e
+    except (yaml.YAMLError, ValueError) as e:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(e).split())}") from e
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path}: must hold sections such as 'images:', not a {type(given).__name__}")
+    return given
 
 
 def digest_of(value: Any) -> str:

@@ -22,7 +22,8 @@ from threadpoolctl import threadpool_limits
 
 from .config import Config, digest_of
 from .embedding_join import METHOD, Join, embedding_join
-from .encoders import UNCALIBRATED, Encoder, image_encoder
+from .encoders import UNCALIBRATED
+from .encoders.recorded import Encoders, Recorded
 from .hash_join import hash_join
 from .records import EDGES, HUBS, Floats, Indices, Ints, Samples, Shard, voids
 from .store import Store, done, new_array, read_digest, read_table, replacing, write_table
@@ -58,6 +59,7 @@ class Candidates:
     hashes: pa.Table
     pairs: pa.Table
     hubs: pa.Table
+    encoder: Recorded | None
 
     def rows(self, samples: Samples) -> npt.NDArray[np.bool_]:
         """Whether each sample stands in any of them, or shares a hash with another one."""
@@ -78,28 +80,32 @@ def signatures_digest(shards: list[Shard], store: Store) -> str:
     return digest_of([[s.name, read_digest(store.signatures(s.name))] for s in shards])
 
 
-def similarity(config: Config) -> float:
+def similarity(config: Config, encoder: Recorded | None) -> float:
     """Return the cosine from which on images are candidates: the configured one, or the encoder's own."""
-    encoder = image_encoder(config.images.encoder)
     return config.images.encoder_similarity or (_own_similarity(encoder) if encoder else 1.0)
 
 
-def find_candidates(samples: Samples, store: Store, config: Config) -> Candidates:
-    """Return the candidates that the configuration asks for, joined now or by an earlier run; the files hold more."""
-    encoder = image_encoder(config.images.encoder)
+def find_candidates(samples: Samples, store: Store, config: Config, encoders: Encoders | None = None) -> Candidates:
+    """Return the candidates that the configuration asks for, joined now or by an earlier run; the files hold more.
+
+    The `encoders` are those that the configuration names, unless they are given.
+    """
+    encoder = (encoders or Encoders.of(config)).images
     hash_edges = _hash_edges(samples, store, config)
     near = hash_edges.filter(pc.less_equal(hash_edges["distance"], pa.scalar(config.images.hash_radius, pa.float32())))
     if encoder is None:
-        return Candidates(near, EDGES.empty_table(), HUBS.empty_table())
+        return Candidates(near, EDGES.empty_table(), HUBS.empty_table(), None)
     if encoder.similarity is None and config.images.encoder_similarity is None:
         log.warning(
             "%s: the cosine of its copies was never measured; %.2f is used, or set images.encoder_similarity",
             config.images.encoder,
             UNCALIBRATED,
         )
-    pairs, hubs = _embedding_edges(samples, store, encoder, similarity(config))
-    reach = 1 - similarity(config) + _gain(encoder) + _ROUNDING  # alignment may add as much
-    return Candidates(near, pairs.filter(pc.less_equal(pairs["distance"], pa.scalar(reach, pa.float32()))), hubs)
+    pairs, hubs = _embedding_edges(samples, store, encoder, similarity(config, encoder))
+    reach = 1 - similarity(config, encoder) + encoder.gain + _ROUNDING  # alignment may add as much
+    return Candidates(
+        near, pairs.filter(pc.less_equal(pairs["distance"], pa.scalar(reach, pa.float32()))), hubs, encoder
+    )
 
 
 def hashed(samples: Samples) -> npt.NDArray[np.bool_]:
@@ -119,12 +125,8 @@ def words(hashes: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
     return hashes.view(np.uint64).reshape(len(hashes), hashes.itemsize // 8)
 
 
-def _own_similarity(encoder: Encoder) -> float:
+def _own_similarity(encoder: Recorded) -> float:
     return encoder.similarity or UNCALIBRATED
-
-
-def _gain(encoder: Encoder) -> float:
-    return getattr(encoder, "gain", 0.0)
 
 
 def _hash_edges(samples: Samples, store: Store, config: Config) -> pa.Table:
@@ -139,9 +141,9 @@ def _hash_edges(samples: Samples, store: Store, config: Config) -> pa.Table:
     return read_table(path)
 
 
-def _embedding_edges(samples: Samples, store: Store, encoder: Encoder, wanted: float) -> tuple[pa.Table, pa.Table]:
+def _embedding_edges(samples: Samples, store: Store, encoder: Recorded, wanted: float) -> tuple[pa.Table, pa.Table]:
     """Return the pairs and the hubs that are stored."""
-    own, gain = _own_similarity(encoder), _gain(encoder)
+    own, gain = _own_similarity(encoder), encoder.gain
     lowest = max(min(wanted, own - _MARGIN) - gain, _LOWEST) if gain else min(wanted, own - _MARGIN)
     inputs = signatures_digest(samples.shards, store)
     key = digest_of(["embedding-edges-5", inputs, lowest, gain, METHOD])

@@ -13,14 +13,48 @@ A bad *sample* is never an exception outside its shard: it is a manifest row wit
 
 from __future__ import annotations
 
+import re
+
+_PLACES = r"(?:abfss?|adl|az|github|gitlab|hf|git)://"  # where what stands before the @ is a container or a repository
+_USERINFO = re.compile(rf"(?!{_PLACES})\b([a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s?#'\"]*@", re.IGNORECASE)
+_QUERY = re.compile(r"\b([a-zA-Z][a-zA-Z0-9+.-]*://[^\s?'\"<>|]*)\?[^\s'\"<>|]*|\?[\w.%~-]+=[^\s'\"<>|]*")
+
+
+def printable(text: str) -> str:
+    """Return a text for the terminal and for logs: what a stranger wrote may hold a terminal's control codes."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+
+
+def without_secrets(text: str) -> str:
+    """Return a text whose URLs have no userinfo and no query, in which passwords and signatures stand."""
+    return _QUERY.sub(lambda found: found[1] or "", _USERINFO.sub(r"\1", text)) if "?" in text or "@" in text else text
+
+
+def shown(url: str) -> str:
+    """Return a shard's URL for a message or a log; of a `pipe:` command its program and the shard alone."""
+    url = printable(url)
+    if not url.startswith("pipe:"):
+        return without_secrets(url)
+    words = url.removeprefix("pipe:").split()
+    program = words[0] if words and "=" not in words[0] and "://" not in words[0] else "…"
+    shards = [word.strip("'\"") for word in words[1:] if ".tar" in word]
+    name = without_secrets(shards[-1]) if shards else "…"
+    return f"pipe:{program} {name}" if len(words) == 2 else f"pipe:{program} … {name}"
+
 
 def in_one_line(error: Exception) -> str:
-    """Return an error's text without line breaks, or its kind where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Return an error's text without line breaks, control codes and secrets, or its kind where it has none."""
+    return without_secrets(printable(" ".join(str(error).split()))) or type(error).__name__
 
 
 class MemfilterError(Exception):
-    """The base of all errors that the command line prints as one line."""
+    """The base of all errors that the command line prints as one line.
+
+    Its text holds no secret of a URL, and no control code but the ends of its lines.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("\n".join(without_secrets(printable(line)) for line in message.split("\n")))
 
 
 class ConfigError(MemfilterError):

@@ -5,14 +5,20 @@ A worker has one item in hand at a time, so that its death is known to be that i
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import cache
+from multiprocessing.connection import wait as wait_for
+from multiprocessing.context import SpawnContext
 from typing import Any, TypeVar
 
 import psutil
@@ -24,6 +30,17 @@ R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 _GLANCE = 0.05  # seconds between two looks at the workers' memory
+_NO_LOCKS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOSYS, errno.ENOSPC)
+_WORKER = "memfilter-worker"
+_UNGUARDED = 77  # exit code of a worker that was about to do, as it started, what the script that started it does
+_GUARD = "call memfilter under 'if __name__ == \"__main__\":' in a script of your own"
+
+
+def check_guard() -> None:
+    """End this process if it is a worker that is being started: it imports the script, which asks for workers again."""
+    process = multiprocessing.current_process()
+    if process.name == _WORKER and getattr(process, "_inheriting", False):
+        os._exit(_UNGUARDED)
 
 
 def default_workers() -> int:
@@ -46,9 +63,13 @@ def run(
     and after the others; then a WorkerError names it by `what`.  A single worker is this process itself, unless its
     memory is limited.
 
-    Each worker has one of the `slots`, such as a GPU, to itself, and `function(slot, *item)` is called.
+    Each worker has one of the `slots`, such as a GPU, to itself, and `function(slot, *item)` is called.  Workers import
+    the script that called; there are none where it came from standard input, and they end with this process.
     """
     workers = min(workers, len(items))
+    if (workers > 1 or max_memory is not None) and not _has_script():
+        _tell_of_script()
+        workers, max_memory = 1, None
     if workers <= 1 and max_memory is None:
         for i, item in enumerate(items):
             yield _here(function, (*slots[:1], *item) if slots else item, what(i))
@@ -89,6 +110,17 @@ def run(
     finally:
         for worker in [*idle, *(w for w, _ in busy.values())]:
             worker.end()  # an item in flight is lost; its file appears whole or not at all
+
+
+def _has_script() -> bool:
+    """Whether a worker can import what this process runs; an interactive session and `-c` have nothing to import."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    return file is None or os.path.exists(file)
+
+
+@cache
+def _tell_of_script() -> None:
+    log.warning("a script from standard input cannot be imported by workers: going on in this process alone")
 
 
 def _here(function: Callable[..., R], item: tuple[Any, ...], name: str) -> R:
@@ -157,11 +189,40 @@ class _Worker:
             return "out of memory"
         if code is not None and code < 0:
             return f"killed by {signal.Signals(-code).name}, as when memory runs out"
-        return f"exit code {code}; in a script of your own, call memfilter under 'if __name__ == \"__main__\":'"
+        if code == _UNGUARDED and error is not None:
+            raise WorkerError(f"workers import the script that starts them: {_GUARD}, or ask for one worker")
+        return f"exit code {code}; {_GUARD}"
+
+
+class _Spawn(SpawnContext):
+    """Starts processes by a name that they know from their first line on."""
+
+    def Process(self, *args: Any, **options: Any) -> Any:  # type: ignore[override]
+        return super().Process(*args, **{**options, "name": _WORKER})
 
 
 def _pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        return ProcessPoolExecutor(1, mp_context=_Spawn(), initializer=_end_with_parent)
+    except OSError as e:  # its locks are files there, and the error names none
+        if e.errno not in _NO_LOCKS:
+            raise
+        raise WorkerError(
+            f"/dev/shm: workers cannot be started: {e.strerror or e}; make it writable, or run with --workers 1 and "
+            "without input.max_memory"
+        ) from e
+
+
+def _end_with_parent() -> None:
+    """Let this process end as soon as the one that started it has: it would wait for ever, with all its memory."""
+    parent = multiprocessing.parent_process()
+    assert parent
+
+    def watch() -> None:
+        wait_for([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="memfilter-watch", daemon=True).start()
 
 
 @contextmanager

@@ -23,7 +23,8 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -92,6 +93,33 @@ class Rater:
         return deep if self.abstraction == "reference" else 10 - deep
 
 
+class Scored(Protocol):
+    """What the stage needs of a rater."""
+
+    @property
+    def about(self) -> dict[str, str]:
+        """All that shapes a score beside its caption."""
+        ...
+
+    def score(self, captions: list[str]) -> Floats:
+        """Return what `Rater.score` does."""
+        ...
+
+
+@dataclass(frozen=True)
+class RecordedRater:
+    """A rater that nobody may call: captions that were scored by it have their scores, and no others can be."""
+
+    about: dict[str, str]
+    refuse: Callable[[], None]
+    """Raises the ConfigError that says what to give."""
+
+    def score(self, captions: list[str]) -> Floats:
+        """Raise ConfigError."""
+        self.refuse()
+        raise NotImplementedError(f"{self.about}: cannot score {len(captions)} captions")
+
+
 def _specificity(tokens: list[Token]) -> float:
     return 10 * (1 - sum(token.entity or token.pos == "NUM" for token in tokens) / len(tokens))
 
@@ -121,7 +149,7 @@ def find_rater(config: Config) -> Rater | None:
 def score_generality(
     texts: pa.ChunkedArray,
     captions_digest: str,
-    rater: Rater | None,
+    rater: Scored | None,
     store: Store,
     progress: Progress,
     generalised: pa.ChunkedArray | None = None,
@@ -142,7 +170,7 @@ def score_generality(
     return GeneralityScores(own, general, {**rater.about, "captions": len(texts)})
 
 
-def _table(texts: pa.ChunkedArray, digest: str, name: str, store: Store, rater: Rater, progress: Progress) -> Floats:
+def _table(texts: pa.ChunkedArray, digest: str, name: str, store: Store, rater: Scored, progress: Progress) -> Floats:
     """Return the (N, 5) scores in the table of this name, computed now or before."""
     path, chunks = store.place(store.generality / f"{name}.parquet", digest), store.generality / name
     if not done(path, digest):

@@ -143,7 +143,7 @@ def _image_groups(
     inputs = signatures_digest(samples.shards, store)
     asked = candidates.rows(samples)
     asked[best[content[np.flatnonzero(asked & (content >= 0))]]] = True  # a content is compared by its best-ranked row
-    with Judge(samples, store, config, inputs, np.flatnonzero(asked)) as judge:
+    with Judge(samples, store, config, inputs, np.flatnonzero(asked), candidates.encoder) as judge:
 
         def bits(a: Ints, b: Ints) -> npt.NDArray[np.uint64]:
             apart = np.bitwise_count(words(hashes[a]) ^ words(hashes[b])).sum(1)

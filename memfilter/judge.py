@@ -20,7 +20,7 @@ from . import comparison, details
 from .alignment import METHOD, align
 from .config import Config, digest_of
 from .edges import similarity
-from .encoders import image_encoder
+from .encoders.recorded import Recorded
 from .errors import RunError
 from .records import JUDGED, Floats, Ints, Samples, voids
 from .store import Store, done, read_table, replacing, write_table
@@ -36,12 +36,13 @@ class Judge:
     and removes them.
     """
 
-    def __init__(self, samples: Samples, store: Store, config: Config, inputs: str, rows: Ints) -> None:
+    def __init__(
+        self, samples: Samples, store: Store, config: Config, inputs: str, rows: Ints, encoder: Recorded | None
+    ) -> None:
         self.samples, self.store, self.rows = samples, store, rows
-        encoder = image_encoder(config.images.encoder)
-        self.dim = encoder.dim if encoder else 0
-        self.gain = getattr(encoder, "gain", 0.0)
-        self.similarity = similarity(config)
+        self.embedded = encoder is not None
+        self.gain = encoder.gain if encoder else 0.0
+        self.similarity = similarity(config, encoder)
         self.threshold = config.images.match_threshold
         # not the processor or a library: a finished run stays as it is where these are others
         self.key = digest_of(["scores-2", inputs, comparison.identity(), METHOD])
@@ -56,7 +57,7 @@ class Judge:
         self._place[self.rows] = np.arange(len(self.rows))
         self._digest = np.unique(voids(self.samples.table["digest"]), return_inverse=True)[1]
         if len(self.rows):
-            self._shown = _Shown(self.samples, self.store, self.rows, bool(self.dim))
+            self._shown = _Shown(self.samples, self.store, self.rows, self.embedded)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(cores)
         self._bar = tqdm(desc="comparison", unit="pair", disable=None)
@@ -75,7 +76,7 @@ class Judge:
         """
         swap = self._digest[a] > self._digest[b]  # the order of a pair depends on its contents alone
         a, b = np.where(swap, b, a), np.where(swap, a, b)
-        cosine = self.cosine(a, b) if self.dim else np.zeros(len(a))
+        cosine = self.cosine(a, b) if self.embedded else np.zeros(len(a))
         evidence, score = np.zeros(len(a), np.float32), np.full(len(a), np.nan, np.float32)
         place, known = self._find(a, b)
         evidence[known], score[known] = self._evidence[place[known]], self._score[place[known]]
@@ -121,7 +122,7 @@ class Judge:
 
     def _supported(self, cosine: npt.NDArray[np.float64], evidence: Floats) -> npt.NDArray[np.bool_]:
         found: npt.NDArray[np.bool_] = cosine + self.gain * evidence >= self.similarity - 1e-7
-        return found & (self.dim > 0)
+        return found & self.embedded
 
     def _compare(
         self, a: Ints, b: Ints, cosine: npt.NDArray[np.float64], by_hash: npt.NDArray[np.bool_]

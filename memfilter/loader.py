@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ConfigError, InputError
+from .errors import ConfigError, InputError, shown
 from .manifest import Manifest, Roots, known_roots, path_of
 
 _log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class _Weights:
     def _compare(self, url: str, name: str) -> None:
         if not self._told and self.manifest.is_other(name, path_of(url)):
             self._told = True
-            _log.warning("%s: has another size than the manifest's shard %s%s", url, name, _DOUBT)
+            _log.warning("%s: has another size than the manifest's shard %s%s", shown(url), name, _DOUBT)
 
     def _doubt(self) -> str:
         known = any(self._shards.values())
@@ -67,10 +67,10 @@ class _Weights:
     def _pass(self, url: str, key: str) -> None:
         """Count a sample that passes although the manifest does not know it; raises KeyError where none may."""
         if self.missing == "error":
-            raise KeyError(f"{url}: the manifest has no sample {key!r}; {_REMEDY}")
+            raise KeyError(f"{shown(url)}: the manifest has no sample {key!r}; {_REMEDY}")
         self.unknown += 1
         if str(self.unknown).strip("0") == "1":  # 1, 10, 100, ...
-            why = self._why.get(url, f"{url}: the manifest has no sample {key!r}")
+            why = self._why.get(url, f"{shown(url)}: the manifest has no sample {key!r}")
             _log.warning("%s; %d passed with weight 1%s", why, self.unknown, self._doubt())
 
     def _columns(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, npt.NDArray[Any]]:
@@ -175,8 +175,9 @@ def carried_weight(sample: Mapping[str, Any]) -> float:
     except (TypeError, ValueError, RuntimeError):  # the last is torch's, of a tensor of many
         weight = float("nan")
     if not 0 <= weight < float("inf"):
+        url = shown(str(sample.get("__url__", "batch")))
         raise ConfigError(
-            f"{sample.get('__url__', 'batch')}: sample {sample.get('__key__')!r} comes with the loss_weight "
+            f"{url}: sample {sample.get('__key__')!r} comes with the loss_weight "
             f"{str(given)[:50]!r}, which is no finite number of 0 or more; set one before, or none"
         )
     return weight

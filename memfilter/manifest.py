@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .errors import ConfigError, InputError, RunError, in_one_line
+from .errors import ConfigError, InputError, RunError, in_one_line, shown, without_secrets
 from .lookup import Lookup, write_lookup
 from .records import (
     ACTIONS,
@@ -39,7 +39,7 @@ from .records import (
     Scores,
     Shard,
 )
-from .shards import SCHEME
+from .shards import SCHEME, leads_out
 from .source import printable_key, sample_uid
 from .store import Store, done, file_digest, read_sealed, read_table, write_sealed, write_table
 
@@ -284,11 +284,18 @@ class Manifest:
             raise RunError(f"{file}: not of schema version {SCHEMA_VERSION}; run again with this version of memfilter")
         if missing := {"config", "counts", "digest", "files", "shards"} - info.keys():
             raise RunError(f"{file}: damaged, it has no {min(missing)}; run the same command again")
+        try:
+            outside = [n for n in (*(s["name"] for s in info["shards"]), *info["files"]) if leads_out(n)]
+        except (KeyError, TypeError) as e:
+            raise RunError(f"{file}: damaged ({in_one_line(e)}); run the same command again") from e
+        if outside:
+            raise RunError(f"{file}: names {min(outside)!r}, which lies outside of the run; it was not written by one")
         if (journal := store.read_journal()) is not None:
             raise RunError(f"{path}: {_under_way(journal.command, path)}")
         # a manifest that was copied away without its run is found by the shards' names alone
         run = (store.read_run() or {}) if store.run_file.exists() else {}
-        return cls(Path(os.path.abspath(path)), info, run.get("root"))
+        root = run.get("root")
+        return cls(Path(os.path.abspath(path)), info, without_secrets(root) if isinstance(root, str) else None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Manifest, (self.path, self.info, self.root, self._online)
@@ -462,7 +469,7 @@ class Manifest:
         URL, which may run any command, names none.
         """
         if url.startswith("pipe:"):
-            raise KeyError(f"{url}: tell its shard with pipes={{url: name}}")
+            raise KeyError(f"{shown(url)}: tell its shard with pipes={{url: name}}")
         path = _absolute(url)
         for root in filter(None, (self.root, str(self.path / "shards"), *known_roots(roots))):
             name = path.removeprefix(root.rstrip("/") + "/")
@@ -471,21 +478,23 @@ class Manifest:
         parts = path.split("/")
         named = (s for i in range(len(parts)) if (s := "/".join(parts[i:])) in self._names)
         if (name := next(named, "")) not in self._names:
-            raise KeyError(f"{path_of(url)}: none of the manifest's {len(self._names)} shards has this name")
+            raise KeyError(f"{shown(url)}: none of the manifest's {len(self._names)} shards has this name")
         place = f"{self.root}/{name}" if self.root else name
         if "://" in path or not self._has_size(name, path):
             why = "at another place" if "://" in path else "not there, or not of its size"
-            raise KeyError(f"{path}: {why}, so not taken for {place}; if it is that, give roots=[where its shards lie]")
+            raise KeyError(
+                f"{shown(path)}: {why}, so not taken for {shown(place)}; if it is that, give roots=[where its shards lie]"
+            )
         if not self._told:
             self._told = True
-            _log.warning("%s: taken for %s, by its name and size", path, place)
+            _log.warning("%s: taken for %s, by its name and size", shown(path), shown(place))
         return name
 
     def known_pipes(self, pipes: Mapping[str, str] | None) -> dict[str, str]:
         """Return a mapping of URLs to shard names; raises ConfigError where a name is none of the manifest's."""
         for url, name in (pipes or {}).items():
             if name not in self._names:
-                raise ConfigError(f"pipes: {url} is to be {name!r}, which is none of the manifest's shards")
+                raise ConfigError(f"pipes: {shown(url)} is to be {name!r}, which is none of the manifest's shards")
         return dict(pipes or {})
 
     def is_other(self, shard: str, path: str) -> bool:
@@ -613,14 +622,14 @@ _QUERY = re.compile(r"\?[^\s'\"|]*")  # in a command
 
 
 def path_of(url: str) -> str:
-    """Return a URL without query and fragment, a `pipe:` command without queries, which change as they are signed anew.
+    """Return a URL without userinfo, query and fragment, which change as it is signed anew; a command without queries.
 
     Of a file it is the path, in which `?` and `#` are letters.
     """
     if url.startswith("pipe:"):
         return _QUERY.sub("", url)
     local = url.removeprefix("file://").removeprefix("file:")
-    return url.split("?")[0].split("#")[0] if SCHEME.match(local) else local
+    return without_secrets(url.split("?")[0].split("#")[0]) if SCHEME.match(local) else local
 
 
 _SIGHTINGS = pa.schema([("shard", pa.string()), ("key", pa.string()), ("seen", pa.int64()), ("masked", pa.int64())])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,19 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from . import executors, manifest
-from .caption_groups import caption_keepers, check_captions
+from .caption_groups import caption_keepers
 from .commit import Planner, commit, names_of
-from .config import Config, digest_of
+from .config import Config, FalsePositiveRate, LabelledRate, SavedThreshold, digest_of
 from .decisions import decide
 from .denoisers import ModelFiles, find_model
 from .edges import find_candidates, similarity
-from .encoders import Encoder, described, image_encoder, public_name
+from .encoders import public_name
 from .encoders.captions import public_caption_name
-from .errors import ChangedShard, ConfigError, RunError
+from .encoders.recorded import Encoders, Recorded
+from .errors import ChangedShard, ConfigError, RunError, without_secrets
 from .generalisation import FLAGS, flagged, general_captions, outcome, read_generalised, rewrite
-from .generality import Rater, find_rater, generality_outcome, score_generality
+from .generality import Scored, find_rater, generality_outcome, score_generality
+from .given import MODEL, Given
 from .groups import distinct_captions, group, load_samples
 from .manifest import Manifest
 from .recorded import check_signed, differences, parse_stored, recorded_by, stored_shards, unchanged
@@ -37,7 +39,7 @@ from .scores import check_devices, score_captions, score_pairs
 from .shards import find_shards
 from .signatures import EARLIER, DuplicateGauge, Signed, check_hash, is_signed, made_by, sign, was_skipped
 from .sink import kept_digest
-from .store import Store, read_digest, read_note, read_sealed, write_sealed
+from .store import Store, read_digest, read_note, read_sealed
 from .summary import statistics
 from .tagging import public_tagger
 from .thresholds import check_threshold, find_threshold
@@ -58,40 +60,55 @@ def run(
     whose bytes have changed is read again in any case.  Raises a MemfilterError, in one line, for input, model or
     directory that cannot be used.
     """
+    executors.check_guard()
     config, store = config or Config(), Store(out)
     stored = store.settings() or {}
     # names below a root are settled by the first shard that was read
-    root = config.input.root or (stored.get("root") if store.has_signatures() else None)
-    shards, root = find_shards(patterns, root, config.input.allow_pipe)
+    settled = stored.get("root") if store.has_signatures() else None
+    shards, root = find_shards(patterns, config.input.root, config.input.allow_pipe, settled)
     _refuse_nesting(patterns, shards, store.path)
     check_threshold(config)
     check_devices(config)
     check_hash(config)
-    image_encoder(config.images.encoder)  # one that cannot be had is told before anything is written
-    check_captions(config)
+    encoders = Encoders.of(config)  # one that cannot be had is told before anything is written
     model = _model(config)
     rater = find_rater(config)
     if store.is_finished() and not update:
         config = unchanged(store.path, stored, shards, model, config)
-    with store.locked(), _noting_changes(store):
+    with store.locked(linked_shards=True), _noting_changes(store):
         recorded = recorded_by(store, shards) if store.is_finished() and not update else None
         by, workers = recorded or made_by(config), workers or executors.default_workers()
-        job = _Job(store, shards, config, model, rater, by, workers, "run", {"root": root})
+        if by.get("encoder") not in (None, encoders.images and encoders.images.identity):
+            known = Recorded.read_from(stored.get("encoders"))  # by which the signatures were made
+            encoders = replace(encoders, images=known or encoders.images)
+        job = _Job(store, shards, config, model, encoders, rater, by, workers, "run", {"root": root})
         _sign_all(job)
         return _commit(job, _decide(job))
 
 
-def rethreshold(path: str | Path, config_file: str | Path | None = None, workers: int | None = None) -> Manifest:
+def rethreshold(
+    path: str | Path,
+    config_file: str | Path | None = None,
+    workers: int | None = None,
+    inputs: Sequence[str] = (),
+    trust: bool = False,
+) -> Manifest:
     """Decide again with another configuration, without the pixels; equal to a fresh run with it.
 
     The file's keys are laid over the run's own configuration.  Nothing is touched before the decision is whole and all
-    that it needs is found to be there; a call that was killed after that is finished by the same call.  Raises
-    ConfigError for a key that changes what was read from the pixels, RunError when the run was not finished, ShardError
-    for inputs that are needed and gone.
+    that it needs is found to be there; a call that was killed after that is finished by the same call.
+
+    What the run directory names is data: no command, host, code or place outside that it alone names is used, but for
+    input shards that are local files.  Others are read where the patterns `inputs` name them, or with `trust`, which
+    is for directories of one's own.
+
+    Raises ConfigError for a key that changes what was read from the pixels and for what is needed and was not named
+    here, RunError when the run was not finished, ShardError for inputs that are needed and cannot be read.
     """
+    executors.check_guard()
     store = _run_at(path)
-    with store.locked(), _noting_changes(store):
-        job = _again(store, config_file, workers, "rethreshold")
+    with store.locked(trust), _noting_changes(store):
+        job = _again(store, config_file, workers, "rethreshold", Given.by(store.path, config_file, (), inputs, trust))
         return _commit(job, _decide(job))
 
 
@@ -100,15 +117,20 @@ def generalise(
     config_file: str | Path | None = None,
     workers: int | None = None,
     settings: dict[str, Any] | None = None,
+    inputs: Sequence[str] = (),
+    trust: bool = False,
 ) -> Manifest:
     """Rewrite the captions of flagged samples as general ones, and decide again with these in the pools.
 
-    The file's keys, and `settings` of `generalise`, are laid over the run's own configuration.  The same call continues
-    one that was interrupted, and asks again for what had no answer.  Raises what `rethreshold` does, and ModelError.
+    The file's keys, and `settings` of `generalise`, are laid over the run's own configuration; a model or an endpoint
+    is taken from these alone, never from an earlier call.  The same call continues one that was interrupted, and asks
+    again for what had no answer.  Of the rest `rethreshold` tells.  Raises what it does, and ModelError.
     """
+    executors.check_guard()
     store = _run_at(path)
-    with store.locked(), _noting_changes(store):
-        job = _again(store, config_file, workers, "generalise", settings or {})
+    with store.locked(trust), _noting_changes(store):
+        given = Given.by(store.path, config_file, settings or {}, inputs, trust)
+        job = _again(store, config_file, workers, "generalise", given, settings or {})
         work, config = job.work, job.config
         samples = load_samples(job.shards, work, config.images.json_fields)
         captions, caption = distinct_captions(samples, work)
@@ -137,7 +159,8 @@ class _Job:
     shards: list[Shard]
     config: Config
     model: ModelFiles | None
-    rater: Rater | None
+    encoders: Encoders
+    rater: Scored | None
     by: dict[str, str]
     workers: int
     command: str
@@ -158,13 +181,14 @@ class _Job:
         names = {shard.name for shard in self.shards}
         settings = {
             **self.settings,
-            "shards": [astuple(s) for s in self.shards],
-            "config": self.config.model_dump(mode="json"),
-            "model": self.model and astuple(self.model),
+            "shards": [s.stored for s in self.shards],
+            "config": _without_secrets(self.config.model_dump(mode="json")),
+            "model": self.model and self.model.stored,
+            "encoders": {**self.encoders.stored, "rater": self.rater and self.rater.about},
         }
         if not self.store.is_finished():  # before anything else: a directory without it is none of ours
             self.store.write_run(settings)
-        self.work.write_run({**settings, "earlier": [astuple(s) for n, s in self.earlier.items() if n not in names]})
+        self.work.write_run({**settings, "earlier": [s.stored for n, s in self.earlier.items() if n not in names]})
 
 
 @dataclass(frozen=True)
@@ -178,9 +202,9 @@ def _decide(job: _Job) -> _Decided:
     """Make the decision, all stages in order, and leave what differs from the run's own files beside them."""
     store, config, model = job.work, job.config, job.model
     samples = load_samples(job.shards, store, config.images.json_fields)
-    candidates = find_candidates(samples, store, config)
+    candidates = find_candidates(samples, store, config, job.encoders)
     captions, caption = distinct_captions(samples, store)
-    keepers = caption_keepers(samples, captions, caption, store, config)
+    keepers = caption_keepers(samples, captions, caption, store, config, job.encoders)
     groups = group(samples, candidates, caption, keepers, store, config)
     rewritten = read_generalised(store)
     further = rewritten["general"].drop_null() if rewritten is not None else None
@@ -231,33 +255,53 @@ def _again(
     config_file: str | Path | None,
     workers: int | None,
     command: str,
+    given: Given,
     generalise: dict[str, Any] | None = None,
 ) -> _Job:
     """Return a decision about what a run has read, with the keys of a file, and some of `generalise`, over its own.
 
-    Raises RunError where a shard was not read, ConfigError where it was read under another configuration.
+    Raises RunError where a shard was not read, ConfigError where it was read under another configuration, or where
+    something is needed that the caller did not name.
     """
     stored = store.settings() or {}
     before, shards, model = parse_stored(store.path, stored)
+    if generalise is not None:  # by what captions are rewritten, the caller says
+        before = before.model_copy(
+            update={"generalise": before.generalise.model_copy(update={"model": None, "endpoint": None})}
+        )
     config = Config.load(config_file, base=before)
     if generalise:
         values = config.model_dump(mode="json")
         config = Config.parse({**values, "generalise": {**values["generalise"], **generalise}})
+    if isinstance(config.magnitude.threshold, FalsePositiveRate | LabelledRate | SavedThreshold):  # it lies in a file
+        given.check(config, "magnitude.threshold")
     check_threshold(config)
     check_devices(config)
     check_hash(config)
-    check_captions(config)
+    encoders = given.encoders(stored.get("encoders"), before, config)
     if _model_settings(config) != _model_settings(before):
+        given.check(config, *MODEL)
         model = _model(config)
-    rater = find_rater(config)
+    else:
+        model = given.model(model, config)
+    rater = given.rater(stored.get("encoders"), config)
+    shards = given.shards(shards, config)
     if not store.journal.exists():
         shutil.rmtree(store.beside().path / "signatures", ignore_errors=True)  # of a killed `run`: these are the run's
     by = recorded_by(store, shards)
-    check_signed(store, shards, before, config, by, str(config_file or store.path))
+    check_signed(store, shards, before, config, encoders.images, by, str(config_file or store.path))
     workers = workers or executors.default_workers()
-    job = _Job(store, shards, config, model, rater, by or {}, workers, command, stored)
+    job = _Job(store, shards, config, model, encoders, rater, by or {}, workers, command, stored)
     job.begin()
     return job
+
+
+def _without_secrets(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration without the passwords of its URLs; nothing is asked of these again."""
+    for section, name in (("input", "root"), ("generalise", "endpoint")):
+        if config[section][name] is not None:
+            config[section][name] = without_secrets(config[section][name])
+    return config
 
 
 @contextmanager
@@ -266,10 +310,10 @@ def _noting_changes(store: Store) -> Iterator[None]:
     try:
         yield
     except ChangedShard as e:
-        for file in (store.run_file, store.beside().run_file):
-            if stored := read_sealed(file):
+        for place in (store, store.beside()):
+            if stored := read_sealed(place.run_file):
                 lists = [[*values[:3], "changed"] if values[0] == e.shard else values for values in stored["shards"]]
-                write_sealed(file, {**stored, "shards": lists})
+                place.write_run({**stored, "shards": lists})
         raise
 
 
@@ -421,7 +465,7 @@ def _about(
         if "digest" in note:
             entry["digest"] = note["digest"]
         shards.append(entry)
-    encoder = image_encoder(config.images.encoder)
+    encoder = job.encoders.images
     libraries = {name: number for name, number in job.by.items() if name not in _NO_LIBRARIES}
     if job.by == EARLIER:
         libraries = (manifest.read_info(job.store.path) or {}).get("versions", {})
@@ -432,16 +476,21 @@ def _about(
         "instruction_set": job.by.get("instructions"),
         "caption_join": read_note(store.at(store.caption_groups)),
         "embedding_join": read_note(store.at(store.edges / "embedding.parquet")) if encoder else None,
-        "encoder": encoder and _described(encoder, similarity(config), job),
+        "encoder": encoder and _described(encoder, similarity(config, encoder), job),
         "magnitude": scores and scores.info,
         "threshold": limit,
         "shards": shards,
     }
 
 
-def _described(encoder: Encoder, similarity: float, job: _Job) -> dict[str, Any]:
+def _described(encoder: Recorded, similarity: float, job: _Job) -> dict[str, Any]:
     """Return what the manifest tells of the encoder; where that is another by now, what it told before."""
-    told = described(encoder, similarity)
     before = (manifest.read_info(job.store.path) or {}).get("encoder")
-    other = job.by.get("encoder") not in (None, encoder.identity)
-    return {**before, "similarity": similarity} if other and before else told
+    if before and job.by.get("encoder") not in (None, encoder.identity):
+        return {**before, "similarity": similarity}
+    return {
+        "identity": encoder.identity,
+        "weights": encoder.weights,  # sha256, of those that have a file of them
+        "preprocessing": encoder.preprocessing,
+        "similarity": similarity,
+    }

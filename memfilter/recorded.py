@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import pyarrow.parquet as pq
 from .commit import names_of
 from .config import Config, digest_of
 from .denoisers import ModelFiles
-from .encoders import image_encoder
-from .errors import ConfigError, RunError
+from .encoders.recorded import Recorded
+from .errors import ConfigError, RunError, in_one_line
 from .records import Shard, signature_schema
+from .shards import is_local, leads_out
 from .signatures import EARLIER, is_signed, recorded, signed_keys
 from .store import Store
 
@@ -27,19 +27,23 @@ _UPDATE = "'memfilter run' with --update"
 
 def stored_shards(path: Path, lists: list[list[Any]]) -> list[Shard]:
     """Return the shards of a run.json; raises RunError for a name that leads out of the run directory."""
-    shards = [Shard(*values) for values in lists]
-    for shard in shards:
-        if os.path.isabs(shard.name) or ".." in shard.name.split("/"):
-            raise RunError(
-                f"{path}: its run.json names the shard {shard.name!r}, which lies outside; give another --out"
-            )
+    shards = []
+    for values in lists:
+        try:
+            name, url, size, version = values
+            shards.append(Shard(name, url, size, version, may_read=is_local(url)))
+            fault = "lies outside" if leads_out(name) else "" if name.isprintable() else "is no text"
+        except (AttributeError, TypeError, ValueError) as e:
+            raise RunError(f"{path}: its run.json is damaged ({in_one_line(e)}); read the input with {_UPDATE}") from e
+        if fault:
+            raise RunError(f"{path}: its run.json names the shard {name!r}, which {fault}; give another --out")
     return shards
 
 
 def parse_stored(path: Path, stored: dict[str, Any]) -> tuple[Config, list[Shard], ModelFiles | None]:
     """Return configuration, shards and model of a run; raises RunError for a run.json that does not hold them."""
     try:
-        model = ModelFiles(*stored["model"]) if stored["model"] else None
+        model = ModelFiles.read(stored["model"])
         return Config.parse(stored["config"]), stored_shards(path, stored["shards"]), model
     except (ConfigError, KeyError, TypeError) as e:
         raise RunError(
@@ -118,13 +122,21 @@ def recorded_by(store: Store, shards: list[Shard]) -> dict[str, str] | None:
 
 
 def check_signed(
-    store: Store, shards: list[Shard], before: Config, config: Config, by: dict[str, str] | None, origin: str
+    store: Store,
+    shards: list[Shard],
+    before: Config,
+    config: Config,
+    encoder: Recorded | None,
+    by: dict[str, str] | None,
+    origin: str,
 ) -> None:
-    """Raise RunError where a shard was not read, ConfigError where it was read under another configuration."""
+    """Raise RunError where a shard was not read, ConfigError where it was read under another configuration.
+
+    `encoder` is that of the configuration.
+    """
     view = store.beside() if store.journal.exists() else store
     same_keys = signed_keys(before) == signed_keys(config)
     if same_keys and config.images.encoder != before.images.encoder:
-        encoder = image_encoder(config.images.encoder)
         same_keys = (encoder.identity if encoder else None) == (by or {}).get("encoder")
     for shard in shards:
         path = view.signatures(shard.name)

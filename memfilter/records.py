@@ -10,6 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .errors import without_secrets
+
 Ints = npt.NDArray[np.int64]
 Indices = npt.NDArray[np.integer[Any]]
 Floats = npt.NDArray[np.float32]
@@ -52,6 +54,14 @@ class Shard:
     url: str
     size: int | None
     version: str | None = None
+    may_read: bool = True
+    """Whether the caller of this command named it, or it is a local file: `run.json` alone opens nothing else."""
+
+    @property
+    def stored(self) -> list[Any]:
+        """What `run.json` holds of it: a command as it stands, another URL without what may be secret."""
+        url = self.url if self.url.startswith(("pipe:", "/")) else without_secrets(self.url)
+        return [self.name, url, self.size, self.version]
 
 
 def signature_schema(dim: int, hash: str = "phash", fields: tuple[str, ...] = ()) -> pa.Schema:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 
-from .errors import in_one_line
+from .errors import in_one_line, without_secrets
 
 WAITS = (0.5, 1.0, 2.0, 4.0)
 """Seconds between one attempt and the next; they begin anew when a byte has come."""
@@ -75,8 +75,8 @@ def cause(error: Exception, url: str = "") -> str:
     if isinstance(status := getattr(error, "status", None), int):
         return f"HTTP status {status}"
     if isinstance(error, OSError) and error.strerror:
-        return str(error.strerror)
-    text = in_one_line(error)
+        return without_secrets(str(error.strerror))
+    text, url = in_one_line(error), without_secrets(url)
     return text.replace(url, url.rsplit("/", 1)[-1]) if url else text
 
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 from .captions import normalise
 from .config import Generalise, digest_of
 from .denoisers import quiet
-from .errors import ConfigError, ModelError, in_one_line
+from .errors import ConfigError, ModelError, in_one_line, without_secrets
 from .store import file_digest
 
 if TYPE_CHECKING:
@@ -63,7 +63,9 @@ def find_rewriter(settings: Generalise, texts: pa.ChunkedArray, captions_digest:
     """
     if settings.model is None:
         if settings.endpoint is not None:
-            raise ConfigError(f"{settings.endpoint}: name the endpoint's model with --model or generalise.model")
+            raise ConfigError(
+                f"{without_secrets(settings.endpoint)}: name the endpoint's model with --model or generalise.model"
+            )
         return Rule(texts, captions_digest)
     if settings.endpoint is not None:
         return Endpoint(settings.endpoint, settings.model, settings.timeout, settings.batch_size)
@@ -263,7 +265,7 @@ class Endpoint:
         except openai.APIConnectionError:
             return None, "no_connection"
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as e:
-            cause = f"{self.url}: refuses {self.model!r} with status {e.status_code}"
+            cause = f"{without_secrets(self.url)}: refuses {self.model!r} with status {e.status_code}"
             raise ModelError(f"{cause}; check OPENAI_API_KEY, generalise.endpoint and generalise.model") from e
         except openai.APIStatusError as e:
             return None, f"http_{e.status_code}"

@@ -104,10 +104,17 @@ class _Stage:
 
     @cache  # noqa: B019  the stage ends with the run
     def check_model(self) -> None:
-        """Raise ModelError where the model's files are not those by whose digests its scores are kept."""
+        """Raise ModelError where the model's files are not those by whose digests its scores are kept.
+
+        Raises ConfigError where the caller of this command did not name it.
+        """
         model = self.model
-        parts = model.denoiser, model.lora, model.lora_scale, model.single_file_config
-        if find_model(model.spec, self.settings.mode == "pair", *parts).files != model.files:
+        if not model.may_read:
+            raise ConfigError(
+                f"magnitude.model: scores are needed that the run does not have, and {model.spec} is named by its "
+                "run.json alone; name it, with its lora and other parts, in --config too, or give --trust"
+            )
+        if find_model(model.spec, self.settings.mode == "pair", *model.parts).files != model.files:
             raise ModelError(
                 f"{model.spec}: has changed since the run read its files; bring it back, or run 'memfilter run' again "
                 "with --update"
@@ -281,6 +288,7 @@ class _Stage:
         if not done(path, digest):
             import torch
 
+            self.check_model()
             try:
                 exact = load_denoiser(self.model, "float32", self.devices[0])
                 errors = rounding_errors(self.scorer().denoiser, exact)

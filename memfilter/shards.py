@@ -6,8 +6,10 @@ import glob
 import io
 import json
 import os
+import posixpath
 import re
 import shlex
+import stat
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -19,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .errors import ConfigError, InputError, ShardError, in_one_line
+from .errors import ConfigError, InputError, ShardError, in_one_line, shown, without_secrets
 from .records import Shard
 from .remote import TIMEOUT, RemoteStream, Told, cause, retried
 
@@ -27,23 +29,57 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 _MAX_STATS = 1 << 20  # bytes that are read of a `_stats.json`
 REMEDY = "fetch it again or pass on_bad_shard: skip"
+NOT_NAMED = "where it lies, run.json alone says; name it with --inputs PATTERNS, or give --trust"
+"""Why a shard is not read that the caller of this command did not name."""
 
 T = TypeVar("T")
 
 
-def find_shards(patterns: Iterable[str], root: str | None = None, allow_pipe: bool = False) -> tuple[list[Shard], str]:
+def find_shards(
+    patterns: Iterable[str], root: str | None = None, allow_pipe: bool = False, settled: str | None = None
+) -> tuple[list[Shard], str]:
     """Return the shards that brace expansions, globs, folders and fsspec URLs name, by name, and the input root.
+
+    A root that an earlier call has returned is `settled`: no file system is asked what it means.
 
     Raises InputError when a pattern matches nothing or two inputs share a relative name, ConfigError for a `pipe:` URL
     that was not allowed.
     """
+    urls = list_shards(patterns, allow_pipe)
+    paths = {url: path_of(url) for url in urls}
+    if root is not None:
+        root = path_of(_canonical(root.removeprefix("file://"))).rstrip("/")
+    else:
+        root = _common_folder(paths.values()) if settled is None else without_secrets(settled)
+    shards: dict[str, Shard] = {}
+    for url, path in paths.items():
+        if not path.startswith(root.rstrip("/") + "/"):
+            raise InputError(f"{shown(url)}: not below the input root {root}; give another --out or set input.root")
+        name = path[len(root.rstrip("/")) :].lstrip("/")
+        if not name.isprintable():
+            raise InputError(f"{name!r}: a shard's name must be UTF-8 text; rename it")
+        if leads_out(name):
+            raise InputError(
+                f"{shown(url)}: is listed as {name!r}, which would lead out of the run directory; rename it"
+            )
+        stem = posixpath.normpath(shard_stem(name))  # of a store, a//b and a/b are two
+        if stem in shards:
+            raise InputError(
+                f"{shown(url)} and {shown(shards[stem].url)} have the same name '{name}'; set input.root to tell apart"
+            )
+        shards[stem] = Shard(name, url, *urls[url])
+    return sorted(shards.values(), key=lambda s: s.name), root
+
+
+def list_shards(patterns: Iterable[str], allow_pipe: bool = False) -> dict[str, Told]:
+    """Return the URLs of the shards that patterns name, and what is told of each; raises what `find_shards` does."""
     urls: dict[str, Told] = {}
     for pattern in (p.removeprefix("file://") for p in patterns):
         if not pattern:
             raise InputError("an empty name was given for a shard; is a variable of the shell unset?")
         if pattern.startswith("pipe:"):
             if not allow_pipe:
-                raise ConfigError(f"{pattern}: runs a command; set input.allow_pipe: true to allow it")
+                raise ConfigError(f"{shown(pattern)}: runs a command; set input.allow_pipe: true to allow it")
             urls[pattern] = Told(None, None)
             continue
         try:
@@ -54,24 +90,13 @@ def find_shards(patterns: Iterable[str], root: str | None = None, allow_pipe: bo
             urls.update(_expand(one))
     if not urls:
         raise InputError("no shards given; name .tar files, folders, globs or URLs")
-    paths = {url: _path_of(url) for url in urls}
-    root = (
-        _common_folder(paths.values())
-        if root is None
-        else _path_of(_canonical(root.removeprefix("file://"))).rstrip("/")
-    )
-    shards: dict[str, Shard] = {}
-    for url, path in paths.items():
-        if not path.startswith(root.rstrip("/") + "/"):
-            raise InputError(f"{url}: not below the input root {root}; give another --out or set input.root")
-        name = path[len(root.rstrip("/")) :].lstrip("/")
-        if not name.isprintable():
-            raise InputError(f"{name!r}: a shard's name must be UTF-8 text; rename it")
-        stem = shard_stem(name)
-        if stem in shards:
-            raise InputError(f"{url} and {shards[stem].url} have the same name '{name}'; set input.root to tell apart")
-        shards[stem] = Shard(name, url, *urls[url])
-    return sorted(shards.values(), key=lambda s: s.name), root
+    return urls
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name is none of a place below a folder, here or on another system: `..`, absolute, with a drive."""
+    parts = re.split(r"[/\\]", name)
+    return not parts[0] or ".." in parts or re.match("[A-Za-z]:", name) is not None
 
 
 def shard_stem(name: str) -> str:
@@ -126,12 +151,19 @@ def told_of(url: str) -> Told:
         if SCHEME.match(url):
             fs, path = fsspec.core.url_to_fs(url)
             return Told.of(retried(lambda: fs.info(path)))
-        stat = os.stat(url)
-        return Told(stat.st_size, str(stat.st_mtime_ns))
+        status = os.stat(url)
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError("is no file")
+        return Told(status.st_size, str(status.st_mtime_ns))
     except MemoryError:
         raise
     except Exception as e:  # fsspec's back ends raise what they like
         raise InputError(cause(e)) from e
+
+
+def is_local(url: str) -> bool:
+    """Whether a shard's URL is the whole path of a local file, which is what `find_shards` returns of one."""
+    return os.path.isabs(url) and not url.startswith("pipe:")
 
 
 def _canonical(url: str) -> str:
@@ -146,18 +178,18 @@ def _canonical(url: str) -> str:
     return canonical
 
 
-def _path_of(url: str) -> str:
+def path_of(url: str) -> str:
     """Return the path by which a shard is named: its URL without the query, or the last tar in a piped command."""
     if url.startswith("pipe:"):
         try:
             words = [w for w in shlex.split(url) if shard_stem(w.split("?")[0]) != w.split("?")[0]]
         except ValueError as e:
-            raise InputError(f"{url}: {in_one_line(e)}") from e
+            raise InputError(f"{shown(url)}: {in_one_line(e)}") from e
         if not words:
-            raise InputError(f"{url}: the command names no .tar file by which to know the shard")
-        return _path_of(words[-1])
+            raise InputError(f"{shown(url)}: the command names no .tar file by which to know the shard")
+        return path_of(words[-1])
     if SCHEME.match(url):
-        return url.split("?")[0].split("#")[0]
+        return without_secrets(url.split("?")[0].split("#")[0])
     return os.path.abspath(url)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import os
 import re
 import subprocess
 import zlib
@@ -21,10 +22,10 @@ from typing import IO, Any
 
 import xxhash
 
-from .errors import ShardError, in_one_line
+from .errors import ShardError, in_one_line, shown
 from .records import Shard
 from .remote import TIMEOUT, Changed, RemoteStream
-from .shards import REMEDY, SCHEME
+from .shards import NOT_NAMED, REMEDY, SCHEME, is_local
 
 BLOCK = 512
 _BUFFER = 128 << 10
@@ -47,6 +48,7 @@ def open_shard(shard: Shard, timeout: float = TIMEOUT) -> Iterator[Members]:
 
     A remote store may take `timeout` seconds for the next bytes before it is asked again.
     """
+    _check_named(shard)
     with ExitStack() as stack:
         try:
             stored = Stored(stack.enter_context(_raw(shard, timeout)))
@@ -65,6 +67,7 @@ def open_shard(shard: Shard, timeout: float = TIMEOUT) -> Iterator[Members]:
 
 def content_digest(shard: Shard, timeout: float = TIMEOUT) -> str:
     """Return the digest of a shard's bytes as they are stored; raises ShardError where they cannot be read."""
+    _check_named(shard)
     try:
         with _raw(shard, timeout) as raw:
             stored, buffer = Stored(raw), bytearray(_CHUNK)
@@ -75,6 +78,11 @@ def content_digest(shard: Shard, timeout: float = TIMEOUT) -> str:
         raise
     except Exception as e:  # fsspec's back ends raise what they like
         raise _unreadable(shard.name, e) from e
+
+
+def _check_named(shard: Shard) -> None:
+    if not shard.may_read:
+        raise ShardError(f"{shard.name}: {NOT_NAMED}")
 
 
 class Stored(io.RawIOBase):
@@ -120,6 +128,8 @@ def _unreadable(name: str, error: Exception) -> ShardError:
 @contextmanager
 def _raw(shard: Shard, timeout: float) -> Iterator[IO[bytes] | io.RawIOBase]:
     url = shard.url
+    if is_local(url) and os.path.exists(url) and not os.path.isfile(url):
+        raise OSError("is no file")  # a named pipe would wait for ever
     if not url.startswith("pipe:"):
         with RemoteStream(url, shard.size, timeout) if SCHEME.match(url) else open(url, "rb", buffering=0) as f:
             yield f
@@ -133,7 +143,7 @@ def _raw(shard: Shard, timeout: float) -> Iterator[IO[bytes] | io.RawIOBase]:
             failure = e
         process.stdout.close()
         if process.wait():
-            cause = f"the command ended with exit code {process.returncode}: {url}"
+            cause = f"the command ended with exit code {process.returncode}: {shown(url)}"
             raise ShardError(f"{failure or shard.name}: {cause}") from failure
         if failure:
             raise failure

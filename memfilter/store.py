@@ -16,12 +16,11 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import filelock
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -29,6 +28,7 @@ import pyarrow.parquet as pq
 
 from .config import digest_of
 from .errors import RunError
+from .lock import locked
 
 FORMAT = 2
 """Version of the run directory's layout; another version's directory is refused."""
@@ -126,27 +126,36 @@ class Store:
         return self.manifest / "parts" / f"{shard}.parquet"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, linked_shards: bool = False) -> Iterator[None]:
         """Hold the run directory for this process alone; the lock dies with the process.
 
-        Raises RunError when another run holds it, it cannot be written, or `next/` holds what no decision left there.
+        Raises RunError when another run holds it, it cannot be written, `next/` holds what no decision left there, or a
+        folder in it is a link, by which what is written there would land elsewhere.  That of the filtered shards may be
+        `linked_shards`, on another disk, where the caller says so.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.path / ".lock", timeout=0)
-            lock.acquire()
-        except filelock.Timeout as e:
-            raise RunError(f"{self.path}: another run is using this directory; wait for it or choose another") from e
-        except OSError as e:
-            raise RunError(f"{self.path}: cannot be written: {e.strerror}; choose another --out") from e
-        try:
-            for left_over in self.path.rglob(".*.tmp"):
-                if _TEMPORARY.fullmatch(left_over.name):
-                    left_over.unlink()
+        with ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.path))
+            except OSError as e:
+                raise RunError(f"{self.path}: cannot be written: {e.strerror}; choose another --out") from e
+            self._clear_temporary(linked_shards)
             self.beside().check_own()
             yield
-        finally:
-            lock.release()
+
+    def _clear_temporary(self, linked_shards: bool) -> None:
+        """Remove the files that a killed call left half written; raises RunError for a folder that is a link."""
+        allowed = {self.beside().path, *([self.shards] if linked_shards else [])}  # `check_own` tells of the first
+        for folder, folders, files in os.walk(self.path):
+            for path in (Path(folder, name) for name in folders):
+                if path.is_symlink() and path not in allowed:
+                    advice = "; give --trust if that is meant" if path == self.shards else ""
+                    raise RunError(
+                        f"{path}: is a link, which leads out of the run directory; put the folder itself there{advice}"
+                    )
+            for name in files:
+                if _TEMPORARY.fullmatch(name):
+                    Path(folder, name).unlink()
 
     def read_run(self) -> dict[str, Any] | None:
         """Return what the first run stored, None for a new directory; raises RunError for another version's."""
@@ -174,8 +183,10 @@ class Store:
         return stored
 
     def write_run(self, values: dict[str, Any]) -> None:
-        """Store what later commands on this directory need."""
-        write_sealed(self.run_file, {**values, "format": FORMAT})
+        """Store what later commands on this directory need; for its owner's eyes alone where it holds a command."""
+        shards = [*values.get("shards", []), *values.get("earlier", [])]
+        is_private = any(str(url).startswith("pipe:") for _, url, *_ in shards)
+        write_sealed(self.run_file, {**values, "format": FORMAT}, is_private)
 
     def settings(self) -> dict[str, Any] | None:
         """Return what the run stored, or the decision that is taking its place; raises what `read_run` does."""
@@ -239,15 +250,17 @@ def canonical(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write canonical JSON, whole or not at all."""
+def write_json(path: Path, value: Any, is_private: bool = False) -> None:
+    """Write canonical JSON, whole or not at all; one that is private nobody but its owner may read."""
     with replacing(path) as temporary:
+        if is_private:
+            temporary.touch(0o600)
         temporary.write_text(canonical(value), encoding="utf-8")
 
 
-def write_sealed(path: Path, values: dict[str, Any]) -> None:
+def write_sealed(path: Path, values: dict[str, Any], is_private: bool = False) -> None:
     """Write canonical JSON with a digest of its own, by which `is_sealed` knows that no byte has changed."""
-    write_json(path, {**values, "digest": digest_of(values)})
+    write_json(path, {**values, "digest": digest_of(values)}, is_private)
 
 
 def is_sealed(path: Path) -> bool:

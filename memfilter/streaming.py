@@ -20,7 +20,7 @@ import xxhash
 from . import recent
 from .captions import FORMS
 from .config import Config, Policy, SavedThreshold
-from .errors import ConfigError
+from .errors import ConfigError, shown
 from .images import SUFFIXES
 from .loader import carried_weight
 from .manifest import path_of
@@ -208,7 +208,7 @@ class OnlineFilter:
             if str(self._counts["bad"]).strip("0") == "1":  # 1, 10, 100, ...
                 message = "%s: left out as bad, %s: %s; %d of %d samples so far were bad"
                 told = signature["bad"], signature["detail"], self._counts["bad"], self._counts["read"]
-                log.warning(message, place, *told)
+                log.warning(message, shown(place), *told)
             return None
         found = recent.find_image(
             self._images, signature, self.config.images.hash_radius, self.config.images.match_threshold
@@ -406,8 +406,8 @@ class _Waiting:
         for name, value in (("__url__", url), ("__key__", key)):
             if not isinstance(value, str):
                 raise ConfigError(
-                    f"{url}/{key}: its {name} is of type {type(value).__name__}, not a text; put OnlineFilter right "
-                    "after the shards are read, or make it one"
+                    f"{shown(f'{url}/{key}')}: its {name} is of type {type(value).__name__}, not a text; put "
+                    "OnlineFilter right after the shards are read, or make it one"
                 )
         place = f"{path_of(url)}/{key}"
         identity, members = xxhash.xxh3_128(place.encode("utf-8", "surrogatepass")), []
@@ -415,7 +415,8 @@ class _Waiting:
             if suffix in (*SUFFIXES, "txt", "json"):
                 if not isinstance(data, bytes):
                     raise ConfigError(
-                        f"{place}: its {suffix} is a {type(data).__name__}, not bytes; put OnlineFilter before decode"
+                        f"{shown(place)}: its {suffix} is a {type(data).__name__}, not bytes; put OnlineFilter before "
+                        "decode"
                     )
                 identity.update(data)
                 members.append(_Member(key.encode("utf-8", "surrogateescape"), suffix, data))

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .errors import printable
 from .records import ACTIONS, CAPTION_METHODS, DUPLICATION, METHODS, Decisions, Groups, Ints, Samples, Scores
 from .store import Store, read_table
 
@@ -251,11 +252,6 @@ def _group(place: int, group: dict[str, Any]) -> str:
     name = printable(f"{group['shard']} {group['key']}")
     caption = textwrap.shorten(printable(group["caption"]), 60, placeholder=" …")
     return f"{'' if place else 'largest':10}{group['count']:,} x {kind}{name} ({captions}) {caption}".rstrip()
-
-
-def printable(text: str) -> str:
-    """Return a text for the terminal: what a stranger wrote may hold its control codes."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def reconciliation(counts: dict[str, int]) -> str:

@@ -262,7 +262,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]
 
 
 def test_the_words_stand_beside_the_row(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out = told(capsys, "explain", str(run), "b.tar", "one", "--json")
+    code, out = told(capsys, "explain", str(run), "b.tar", "one", "--json", "--trust")
     found: dict[str, Any] = json.loads(out)
     assert code == 0
     assert [word["text"] for word in found["words"]] == ["a", "dog", "on", "a", "cat"]
@@ -274,7 +274,7 @@ def test_the_words_stand_beside_the_row(run: Path, capsys: pytest.CaptureFixture
     assert found["magnitude"] == pytest.approx(row["magnitude"], rel=1e-4)
     magnitudes = memfilter.Manifest.load(run).table(["magnitude"])["magnitude"].drop_null().to_numpy()
     assert row["percentile"] == pytest.approx(100 * (magnitudes < np.float32(row["magnitude"])).mean())
-    code, out = told(capsys, "explain", str(run), "b.tar", "one")
+    code, out = told(capsys, "explain", str(run), "b.tar", "one", "--trust")
     assert code == 0
     shown = out.splitlines()
     assert shown[0] == "sample    b.tar one: drop (exact_duplicate, caption_duplicate)"
@@ -288,25 +288,25 @@ def test_the_words_stand_beside_the_row(run: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_key_alone_is_enough_where_it_is_unique(run: Path) -> None:
-    found = explain(run, "only")
+    found = explain(run, "only", trust=True)
     assert [word["text"] for word in found["words"]] == ["Ein", "Hund", "über", "Öl"]
     assert found["sample"]["canonical"] is None
     assert "unread" not in "\n".join(lines(found))
 
 
 def test_a_key_that_is_not_utf8_is_found(run: Path) -> None:
-    assert [word["text"] for word in explain(run, "caf\udce9")["words"]] == ["dog"]
-    assert explain(run, "caf\\xe9")["sample"] == explain(run, "caf\udce9")["sample"]
+    assert [word["text"] for word in explain(run, "caf\udce9", trust=True)["words"]] == ["dog"]
+    assert explain(run, "caf\\xe9", trust=True)["sample"] == explain(run, "caf\udce9", trust=True)["sample"]
 
 
 def test_an_empty_caption_is_told(run: Path) -> None:
-    found = explain(run, "empty")
+    found = explain(run, "empty", trust=True)
     assert found["words"] == []
     assert lines(found)[-1] == "words     none: the caption is empty"
 
 
 def test_a_captions_control_codes_do_not_reach_the_terminal(run: Path) -> None:
-    found = explain(run, "esc")
+    found = explain(run, "esc", trust=True)
     assert found["words"][0]["text"] == "\x1b[31m"
     assert all(line.isprintable() for line in lines(found))
 
@@ -337,7 +337,7 @@ def test_another_model_than_the_runs_is_refused_and_a_moved_one_is_not(
     with pytest.raises(ModelError, match=r"not the run's model: its scheduler/scheduler_config\.json is another"):
         explain(run, "only", model=str(models["sample"]))
     moved = shutil.copytree(models["epsilon"], tmp_path / "moved")
-    assert explain(run, "only", model=str(moved))["words"] == explain(run, "only")["words"]
+    assert explain(run, "only", model=str(moved))["words"] == explain(run, "only", trust=True)["words"]
 
 
 def test_a_run_without_a_model_takes_one(models: dict[str, Path], tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_a_run_is_calibrated_by_a_labelled_list_and_tells_how_well(model: Path, 
     # other labels of the same captions need no model
     shutil.rmtree(folder)
     write_list(labelled, [*memorized, *others[:5]], others[5:])
-    again = memfilter.rethreshold(tmp_path / "out", None, workers=1)
+    again = memfilter.rethreshold(tmp_path / "out", None, workers=1, trust=True)
     calibration = again.info["magnitude"]["calibration"]
     assert (calibration["memorized"], calibration["others"]) == (11, 5)
     assert calibration["digest"] != found["digest"]

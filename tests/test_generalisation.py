@@ -290,7 +290,7 @@ def test_what_is_no_answer_is_a_row_with_a_cause_and_is_asked_again(
     assert manifest.info["generalised"]["failed"] == ({cause: 1} if cause else {})
     assert memfilter.verify(run) == []
     server.reply, server.asked = class_of, []
-    memfilter.generalise(run)  # with the settings that the run has now
+    memfilter.generalise(run, settings=server.settings)
     assert server.asked == ([PAIRS[1]] if cause else [])
     assert table(run) == {PAIRS[1]: ("an animal" if cause else "A CAT", None), **good}
 
@@ -309,7 +309,7 @@ def test_an_endpoint_that_times_out_over_half_of_the_captions_costs_these_alone(
     assert manifest.info["generalised"]["failed"] == {"timeout": 2}
     assert pools(manifest, run)[PAIRS[0]] == [PAIRS[0], "it runs"]
     server.asked, slow = [], set()
-    memfilter.generalise(run)
+    memfilter.generalise(run, settings=server.settings)
     assert sorted(server.asked) == sorted([PAIRS[0], PAIRS[3]])
     assert not any(cause for _, cause in table(run).values())
 
@@ -650,7 +650,7 @@ def test_the_rule_is_the_default_and_the_same_on_every_call(run: Path) -> None:
 
 
 def flagged_captions(folder: Path, **settings: Any) -> set[str]:
-    manifest = memfilter.generalise(folder, settings={"joint_count": None, **settings})
+    manifest = memfilter.generalise(folder, settings={"joint_count": None, **settings}, trust=True)
     assert manifest.info["generalised"]["flagged"] == len(table(folder))
     return set(table(folder))
 
@@ -700,7 +700,7 @@ def test_general_captions_are_scored_apart_and_those_over_the_threshold_stay_out
     scored: Path, denoiser: Path, serve: Serve, tmp_path: Path
 ) -> None:
     before = (scored / "scores" / "captions.parquet").read_bytes()
-    manifest = memfilter.generalise(scored, settings=serve(class_of).settings)
+    manifest = memfilter.generalise(scored, settings=serve(class_of).settings, trust=True)
     assert (scored / "scores" / "captions.parquet").read_bytes() == before
     expected = Scorer.load(str(denoiser), batch_size=8).score([class_of(t) for t in sorted(PAIRS)])[:, 0, 0]
     magnitudes = pq.read_table(scored / "scores" / "generalised.parquet")["magnitude"].to_numpy()
@@ -726,7 +726,7 @@ def test_samples_are_flagged_by_magnitude_at_the_runs_threshold_or_another(score
     assert len(flagged_captions(scored, magnitude=kept[-2])) == 2
     assert flagged_captions(scored, magnitude=None) == set()
     (tmp_path / "c.yaml").write_text(f"magnitude: {{threshold: {kept[-3]}}}\n")
-    manifest = memfilter.generalise(scored, tmp_path / "c.yaml", settings={"joint_count": None})
+    manifest = memfilter.generalise(scored, tmp_path / "c.yaml", settings={"joint_count": None}, trust=True)
     assert manifest.info["generalised"]["flagged"] == 3  # masked ones too
     assert manifest.counts["mask"] >= 3
 
@@ -739,7 +739,7 @@ def test_a_masked_keeper_of_a_memorized_caption_trains_on_the_general_one_alone(
     # just below its score, which rounds otherwise beside the run's other captions
     magnitude = {"model": str(denoiser), "batch_size": 8, "threshold": 0.9999 * float(memorized)}
     memfilter.run([str(shards)], tmp_path / "out", config(magnitude=magnitude), workers=1)
-    manifest = memfilter.generalise(tmp_path / "out", settings=serve(class_of).settings)
+    manifest = memfilter.generalise(tmp_path / "out", settings=serve(class_of).settings, trust=True)
     masked = [r for r in manifest.table().to_pylist() if r["action"] == "mask"]
     rows = [r for r in masked if r["magnitude"] == pytest.approx(memorized, rel=1e-5)]
     assert [(r["captions"], r["loss_weight"]) for r in rows] == [(["a vehicle"], 0.0)]

@@ -579,7 +579,11 @@ def test_a_run_has_the_columns_and_later_decisions_keep_them(tmp_path: Path, by_
     assert columns(memfilter.rethreshold(tmp_path / "out", tmp_path / "c.yaml", workers=1)) == found
     assert (tmp_path / "out" / "generality" / "captions.parquet").stat().st_mtime_ns == before
 
-    (tmp_path / "c.yaml").write_text("images: {hash_radius: 4}\ngenerality: {abstraction: reference}")
+    again = {
+        "images": {"hash_radius": 4},
+        "generality": settings(by_rules, small, abstraction="reference")["generality"],
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(again))
     memfilter.rethreshold(tmp_path / "out", tmp_path / "c.yaml", workers=1)
     fresh = memfilter.run(
         [str(shards)], tmp_path / "fresh", Config.parse(settings(by_rules, small, abstraction="reference")), workers=1
@@ -621,7 +625,7 @@ def test_general_captions_are_scored_beside_those_they_are_made_of(tmp_path: Pat
     low = {
         t for t, row in zip(TEXTS, columns(Manifest.load(out)), strict=False) if row[0] is not None and row[0] <= 8.5
     }
-    shown = CliRunner().invoke(cli, ["generalise", out, "--rule", "--workers", "1"], catch_exceptions=False)
+    shown = CliRunner().invoke(cli, ["generalise", out, "--rule", "--trust", "--workers", "1"], catch_exceptions=False)
     rows = pq.read_table(tmp_path / "out" / "generalised" / "captions.parquet").to_pylist()
     assert {row["text"] for row in rows} == low
     done = [row for row in rows if row["general"] is not None]

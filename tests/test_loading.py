@@ -253,10 +253,11 @@ def test_scores_of_another_lora_are_not_reused_and_the_manifest_names_it(
     assert found.info["config"]["magnitude"]["lora"] == "mine.safetensors"
     assert "lora/mine.safetensors * 1.0" in found.info["magnitude"]["files"]
     assert str(tmp_path) not in json.dumps(found.info)
-    assert explain(tmp_path / "out", "0")["magnitude"] == pytest.approx(float(expected[0]), rel=1e-5)
+    assert explain(tmp_path / "out", "0", trust=True)["magnitude"] == pytest.approx(float(expected[0]), rel=1e-5)
     again = tmp_path / "again.yaml"
     again.write_text("magnitude: {lora_scale: 0.5}")
-    halved = memfilter.rethreshold(tmp_path / "out", again, workers=1).table(["magnitude"])["magnitude"].to_numpy()
+    manifest = memfilter.rethreshold(tmp_path / "out", again, workers=1, trust=True)
+    halved = manifest.table(["magnitude"])["magnitude"].to_numpy()
     np.testing.assert_allclose(halved, scores(folders["sd"], lora=lora, lora_scale=0.5).squeeze(), rtol=1e-6)
     assert not np.allclose(halved, expected, rtol=1e-3)
     with pytest.raises(ConfigError, match=r"magnitude.lora is given and no model"):

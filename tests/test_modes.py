@@ -635,9 +635,10 @@ def test_a_model_that_changed_since_the_run_is_not_scored_under_its_old_name(
     weights.write_bytes(before[:-4] + b"\0\0\0\1")
     (tmp_path / "seeds.yaml").write_text("magnitude: {seeds: 2}")
     with pytest.raises(ModelError, match="has changed since the run read its files; bring it back, or"):
-        memfilter.rethreshold(tmp_path / "out", tmp_path / "seeds.yaml", 1)
+        memfilter.rethreshold(tmp_path / "out", tmp_path / "seeds.yaml", 1, trust=True)
     weights.write_bytes(before)
-    assert memfilter.rethreshold(tmp_path / "out", tmp_path / "seeds.yaml", 1).info["magnitude"]["seeds"] == 2
+    manifest = memfilter.rethreshold(tmp_path / "out", tmp_path / "seeds.yaml", 1, trust=True)
+    assert manifest.info["magnitude"]["seeds"] == 2
 
 
 def test_a_shard_that_is_gone_when_its_pairs_are_scored_is_told(
@@ -650,4 +651,4 @@ def test_a_shard_that_is_gone_when_its_pairs_are_scored_is_told(
     with pytest.raises(
         memfilter.ShardError, match=r"00001\.tar: [^\n]+; bring the shard back, or take another magnitude"
     ):
-        memfilter.rethreshold(tmp_path / "out", tmp_path / "pair.yaml", 1)
+        memfilter.rethreshold(tmp_path / "out", tmp_path / "pair.yaml", 1, trust=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -501,11 +502,10 @@ def test_usage_errors_exit_with_2() -> None:
 
 
 def test_a_second_run_in_one_directory_is_refused(planted: Path, tmp_path: Path) -> None:
-    import filelock
-
     out = tmp_path / "out"
     out.mkdir()
-    with filelock.FileLock(out / ".lock"):
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         done = memfilter_command("run", planted, "--out", out)
     assert done.returncode == 1
     assert "another run is using this directory" in done.stderr

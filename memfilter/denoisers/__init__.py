@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,6 +66,23 @@ class ModelFiles:
     lora: str | None = None
     lora_scale: float = 1.0
     single_file_config: str | None = None
+    may_read: bool = True
+    """Whether the caller of this command named it; where `run.json` alone does, its scores are used and no more."""
+
+    @property
+    def stored(self) -> list[Any]:
+        """What `run.json` holds of it."""
+        return [getattr(self, f.name) for f in fields(self)[:-1]]
+
+    @classmethod
+    def read(cls, stored: Any) -> ModelFiles | None:
+        """Return the model of a `run.json`, which alone does not allow to read it; raises TypeError for none."""
+        return replace(cls(*stored[:7]), may_read=False) if stored else None
+
+    @property
+    def parts(self) -> tuple[str | None, str | None, float, str | None]:
+        """What `find_model` takes beside the spec."""
+        return self.denoiser, self.lora, self.lora_scale, self.single_file_config
 
 
 def find_model(

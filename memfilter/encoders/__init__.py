@@ -107,14 +107,3 @@ def public_name(spec: str | None) -> str | None:
     if kind == "sscd" or kind.endswith("local-dir") or (kind == "open_clip" and Path(rest).is_absolute()):
         rest = Path(rest).resolve().name
     return kind + colon + rest
-
-
-def described(encoder: Encoder, similarity: float) -> dict[str, Any]:
-    """Return what the manifest tells of an encoder and of the threshold in use."""
-    preprocessing = getattr(encoder, "preprocessing", {"side": encoder.side, "colour": encoder.frame is not None})
-    return {
-        "identity": encoder.identity,
-        "weights": getattr(encoder, "weights", None),  # sha256, of those that have a file of them
-        "preprocessing": preprocessing,
-        "similarity": similarity,
-    }
