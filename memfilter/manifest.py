@@ -482,9 +482,8 @@ class Manifest:
         place = f"{self.root}/{name}" if self.root else name
         if "://" in path or not self._has_size(name, path):
             why = "at another place" if "://" in path else "not there, or not of its size"
-            raise KeyError(
-                f"{shown(path)}: {why}, so not taken for {shown(place)}; if it is that, give roots=[where its shards lie]"
-            )
+            why += f", so not taken for {shown(place)}"
+            raise KeyError(f"{shown(path)}: {why}; if it is that, give roots=[where its shards lie]")
         if not self._told:
             self._told = True
             _log.warning("%s: taken for %s, by its name and size", shown(path), shown(place))

@@ -176,7 +176,7 @@ def test_a_loader_tells_of_unknown_samples_without_the_signature(run: Path, capl
     with caplog.at_level(logging.INFO):
         list(manifest.attach(missing="keep")([stranger, piped]))
     assert SECRET not in f"{told.value}{also.value}{caplog.text}"
-    assert "the manifest has no sample" in caplog.text
+    assert "passed with weight 1" in caplog.text
 
 
 def test_an_endpoints_password_and_key_reach_nothing(
