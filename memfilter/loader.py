@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ConfigError, shown
+from .errors import ConfigError, printable, shown
 from .manifest import Manifest, path_of
 
 _log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class _Weights:
     def _compare(self, url: str, name: str) -> None:
         if not self._told and self.manifest.is_other(name, path_of(url)):
             self._told = True
-            _log.warning("%s: has another size than the manifest's shard %s%s", shown(url), name, _DOUBT)
+            _log.warning("%s: has another size than the manifest's shard %s%s", shown(url), printable(name), _DOUBT)
 
     def _doubt(self) -> str:
         known = any(self._shards.values())

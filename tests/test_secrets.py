@@ -264,3 +264,34 @@ def test_what_a_manifest_tells_is_printed_without_control_codes(run: Path, tmp_p
     with pytest.raises(MemfilterError) as told:
         memfilter.rethreshold(tmp_path / "own", workers=1)
     assert str(told.value).isprintable()
+
+
+def test_what_a_run_directory_tells_of_encoders_and_counts_is_printed_without_control_codes(
+    run: Path, tmp_path: Path
+) -> None:
+    """Where whoever wrote it sealed it, and where a log tells it."""
+    stored = read_sealed(run / "manifest" / "manifest.json")
+    assert stored
+    stored["counts"]["read"] = CODES
+    write_sealed(run / "manifest" / "manifest.json", stored)
+    arguments = ["export", str(run), "--to", "keys", "--out", str(tmp_path / "keys")]
+    assert_printable(arguments)
+    out = tmp_path / "own"
+    write_tar(tmp_path / "in" / "0.tar", sample("0", encoded(picture(0)), "one"))
+    memfilter.run([str(tmp_path / "in")], out, Config(), workers=1)
+
+    def point(stored: dict[str, Any]) -> None:
+        stored["config"]["images"]["encoder"] = CODES
+        stored["encoders"]["images"]["similarity"] = None
+
+    forge(out, point)
+    shown = assert_printable(["-v", "rethreshold", str(out), "--workers", "1"])
+    assert "the cosine of its copies was never measured" in shown.stderr
+
+
+def assert_printable(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "memfilter", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(line.isprintable() for line in (done.stdout + done.stderr).replace("\r", "\n").split("\n"))
+    return done
