@@ -30,6 +30,7 @@ from memfilter import Config, ConfigError, Manifest, MemfilterError, ModelError,
 from memfilter.cli import cli
 from memfilter.errors import shown, without_secrets
 from memfilter.records import Shard
+from memfilter.rewriters import Endpoint
 from memfilter.source import open_shard
 from memfilter.store import read_sealed, write_sealed
 
@@ -207,6 +208,11 @@ def test_an_endpoints_password_and_key_reach_nothing(
     with pytest.raises(ConfigError) as wrong:
         Config.parse({"generalise": {"endpoint": f"ftp://me:{SECRET}@host"}})
     assert SECRET not in str(wrong.value)
+
+
+def test_answers_are_an_endpoints_by_whichever_password_it_was_asked() -> None:
+    endpoints = [Endpoint(f"https://{who}host/v1", "small", 1.0, 1) for who in (f"me:{SECRET}@", "me:other@", "")]
+    assert len({endpoint.identity for endpoint in endpoints}) == 1
 
 
 def test_a_picture_of_no_secret_is_as_it_was(tmp_path: Path) -> None:
