@@ -182,6 +182,8 @@ class Store:
         if not is_sealed(self.run_file):
             raise RunError(f"{self.run_file}: its bytes have changed; {_RESTORE}")
         del stored["digest"]
+        if not isinstance(stored.get("root"), str | None):
+            raise RunError(f"{self.run_file}: damaged, its root is no folder's name; {_RESTORE}")
         return stored
 
     def write_run(self, values: dict[str, Any]) -> None:

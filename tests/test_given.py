@@ -192,6 +192,14 @@ def test_shards_that_are_none_are_one_line(shard: Any, run: Path, tmp_path: Path
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("root", [3, {}, ["/"]])
+def test_a_root_that_is_none_is_one_line(root: Any, run: Path, shards: Path) -> None:
+    forge(run, lambda stored: stored.__setitem__("root", root))
+    for call in (lambda: memfilter.run([str(shards)], run, config()), lambda: memfilter.Manifest.load(run)):
+        with pytest.raises(RunError, match=r"run\.json: damaged, its root is no folder's name"):
+            call()
+
+
 # -- code -------------------------------------------------------------------------------------------------------------
 
 ENCODERS = (
