@@ -16,6 +16,7 @@ from .config import Config, digest_of
 from .embedding_join import METHOD, embedding_join
 from .encoders import UNCALIBRATED
 from .encoders.captions import CaptionEncoder
+from .errors import printable
 from .records import EDGES, Pairs
 from .store import Store, done, new_array, read_table, replacing, write_table
 
@@ -30,7 +31,7 @@ def semantic_similarity(encoder: CaptionEncoder, config: Config) -> float:
         log.warning(
             "%s: the cosine of captions that say the same was never measured; %.2f is used, or set "
             "captions.encoder_similarity",
-            config.captions.encoder,
+            printable(config.captions.encoder or ""),
             UNCALIBRATED,
         )
     return config.captions.encoder_similarity or encoder.similarity or UNCALIBRATED

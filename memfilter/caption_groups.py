@@ -41,8 +41,7 @@ def caption_keepers(
     """Write and return, of each distinct caption, the row of its group's keeper and the edge to it.
 
     The `encoders` are those that the configuration names, unless they are given.  `caption` is of each sample the row
-    of its own.  A text that no sample has as its own, and one without a visible
-    character, is in no group: -1.
+    of its own.  A text that no sample has as its own, and one without a visible character, is in no group: -1.
     """
     tiers, near = config.captions.tiers, config.captions.near_jaccard
     encoder = (encoders or Encoders.of(config)).captions

@@ -12,7 +12,7 @@ import click
 from tqdm import tqdm
 
 from . import __version__
-from .errors import MemfilterError, printable
+from .errors import MemfilterError, printable, without_secrets
 
 _CONFIG = click.option("--config", type=click.Path(path_type=Path), help="YAML file; keys not given have defaults.")
 _WORKERS = click.option("--workers", type=click.IntRange(min=1), help="Worker processes (default: one per CPU).")
@@ -20,6 +20,13 @@ _INPUTS = click.option(
     "--inputs", multiple=True, metavar="PATTERNS", help="Where input shards lie that are no local files, or have moved."
 )
 _TRUST = click.option("--trust", is_flag=True, help="Use all that DIRECTORY names: hosts, commands, code.")
+
+
+class _Plain(logging.Formatter):
+    """Lines for the terminal: a stranger's names may stand in them, and an HTTP client's URLs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(without_secrets(printable(line)) for line in super().format(record).split("\n"))
 
 
 def _tell(lines: list[str]) -> None:
@@ -32,7 +39,9 @@ def _tell(lines: list[str]) -> None:
 @click.option("-v", "--verbose", is_flag=True, help="Log what the stages do.")
 def cli(verbose: bool) -> None:
     """Find and prune the training samples that text-to-image diffusion models memorize."""
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Plain("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     if verbose:  # of this package: an HTTP client's log tells whole URLs
         logging.getLogger("memfilter").setLevel(logging.INFO)
 
@@ -150,7 +159,7 @@ def explain(
             raise click.UsageError("give DIRECTORY KEY, DIRECTORY SHARD KEY, or --prompt TEXT --model PATH")
         directory, *shard, key = sample
         found = attribution.explain(directory, key, shard[0] if shard else None, model, steps, trust)
-    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(attribution.lines(found)))
+    _tell(json.dumps(found, indent=2).split("\n") if as_json else attribution.lines(found))
 
 
 @cli.command()
@@ -164,7 +173,7 @@ def verify(directory: Path) -> None:
     problems = check(directory, lambda names: tqdm(names, desc="verify", unit="file", disable=None))
     if problems:
         raise MemfilterError("\n".join(f"{directory}: {p}" for p in problems))
-    click.echo(f"{directory}: sound; {reconciliation(Manifest.load(directory).counts)}")
+    _tell([f"{directory}: sound; {reconciliation(Manifest.load(directory).counts)}"])
 
 
 @cli.command()
@@ -186,7 +195,7 @@ def export(directory: Path, to: str, out: str) -> None:
 
     manifest = Manifest.load(directory)
     count = write(manifest, to, out)
-    click.echo(f"{out}: {count} of {manifest.counts['read']} samples train")
+    _tell([f"{out}: {count} of {manifest.counts['read']} samples train"])
     if to == "energon":
         root = manifest.root or "ROOT"
         _tell([f"it belongs in {root}/.nv-meta: the run's input root is {root}; another needs a run with input.root"])

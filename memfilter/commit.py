@@ -201,7 +201,8 @@ class Planner:
             first = min(gone)
             raise ShardError(
                 f"{names_of(gone)}: cannot be read: {first}: {gone[first]}; the decision needs samples that the "
-                "filtered shards do not hold: bring the shard back, or set output.shards: false; nothing was changed"
+                "filtered shards do not hold: bring the shard back, say with --inputs where it lies, or set "
+                "output.shards: false; nothing was changed"
             )
 
     def _is_sound(self, name: str) -> bool:

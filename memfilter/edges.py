@@ -24,6 +24,7 @@ from .config import Config, digest_of
 from .embedding_join import METHOD, Join, embedding_join
 from .encoders import UNCALIBRATED
 from .encoders.recorded import Encoders, Recorded
+from .errors import printable
 from .hash_join import hash_join
 from .records import EDGES, HUBS, Floats, Indices, Ints, Samples, Shard, voids
 from .store import Store, done, new_array, read_digest, read_table, replacing, write_table
@@ -98,7 +99,7 @@ def find_candidates(samples: Samples, store: Store, config: Config, encoders: En
     if encoder.similarity is None and config.images.encoder_similarity is None:
         log.warning(
             "%s: the cosine of its copies was never measured; %.2f is used, or set images.encoder_similarity",
-            config.images.encoder,
+            printable(config.images.encoder or ""),
             UNCALIBRATED,
         )
     pairs, hubs = _embedding_edges(samples, store, encoder, similarity(config, encoder))

@@ -16,8 +16,9 @@ from __future__ import annotations
 import re
 
 _PLACES = r"(?:abfss?|adl|az|github|gitlab|hf|git)://"  # where what stands before the @ is a container or a repository
-_USERINFO = re.compile(rf"(?!{_PLACES})\b([a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s?#'\"]*@", re.IGNORECASE)
-_QUERY = re.compile(r"\b([a-zA-Z][a-zA-Z0-9+.-]*://[^\s?'\"<>|]*)\?[^\s'\"<>|]*|\?[\w.%~-]+=[^\s'\"<>|]*")
+_USERINFO = re.compile(rf"(?!{_PLACES})\b([a-z][a-z0-9+.-]{{0,30}}://)[^/\s?#'\"]*@", re.IGNORECASE)
+_WORD = re.compile(r"[^\s'\"<>|]+")  # whole words, so that a text of any length takes time in proportion
+_QUERY = re.compile(r"\?[\w.%~-]+=")
 
 
 def printable(text: str) -> str:
@@ -27,7 +28,13 @@ def printable(text: str) -> str:
 
 def without_secrets(text: str) -> str:
     """Return a text whose URLs have no userinfo and no query, in which passwords and signatures stand."""
-    return _QUERY.sub(lambda found: found[1] or "", _USERINFO.sub(r"\1", text)) if "?" in text or "@" in text else text
+    text = _USERINFO.sub(r"\1", text) if "@" in text else text
+    return _WORD.sub(_without_query, text) if "?" in text else text
+
+
+def _without_query(word: re.Match[str]) -> str:
+    before = word[0].partition("?")[0]
+    return before if "://" in before else _QUERY.split(word[0], maxsplit=1)[0]
 
 
 def shown(url: str) -> str:

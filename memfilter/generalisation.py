@@ -18,7 +18,7 @@ from .config import Generalise, digest_of
 from .errors import ConfigError, RunError
 from .records import GENERALISED, Decisions, Scores
 from .rewriters import Answer, Rewriter
-from .store import Store, done, read_digest, read_note, read_table, replacing, write_table
+from .store import Store, done, read_bytes, read_digest, read_note, read_table, replacing, write_table
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _line(caption: str, general: str) -> str:
 def _read_answers(file: Path) -> dict[str, str]:
     """Return the general captions that earlier calls were given; a damaged line is none."""
     found: dict[str, str] = {}
-    for line in file.read_bytes().splitlines() if file.exists() else ():
+    for line in read_bytes(file).splitlines() if file.exists() else ():
         try:
             caption, general, digest = json.loads(line)
             if digest == digest_of([caption, general]):

@@ -108,7 +108,7 @@ class Scored(Protocol):
 
 @dataclass(frozen=True)
 class RecordedRater:
-    """A rater that nobody may call: captions that were scored by it have their scores, and no others can be."""
+    """A rater whose code may not run: captions that it has scored keep their scores, others raise ConfigError."""
 
     about: dict[str, str]
     refuse: Callable[[], None]

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .config import JSON, MAX_VALUE, NamedOrder
+from .errors import printable
 from .records import Ints, Samples
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def _column(samples: Samples, uid: Ints, key: str | NamedOrder) -> npt.NDArray[A
     if name.startswith(JSON):
         numbers = -sign * _numbers(samples.table[name])
         if len(numbers) and not np.isfinite(numbers).any():
-            log.warning("images.keep: no sample has a number as %s; ties go to the next key", name)
+            log.warning("images.keep: no sample has a number as %s; ties go to the next key", printable(name))
         return np.where(np.isfinite(numbers), numbers, np.inf)
     if name == "uid":
         return sign * uid
@@ -75,7 +76,9 @@ def _named(samples: Samples, key: NamedOrder) -> Ints:
     values = samples.table[JSON + key.field]
     place = pc.index_in(values, pa.array([_text(v) for v in key.order], pa.string()))
     if len(values) and place.null_count == len(values):
-        log.warning("images.keep: no sample has any of the values named of '%s'; ties go to the next key", key.field)
+        log.warning(
+            "images.keep: no sample has any of the values named of '%s'; ties go to the next key", printable(key.field)
+        )
     unlisted = pc.if_else(pc.is_valid(values), len(key.order), len(key.order) + 1)
     return np.asarray(pc.coalesce(place, unlisted.cast(pa.int32()))).astype(np.int64)
 

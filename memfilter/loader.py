@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ConfigError, InputError, shown
+from .errors import ConfigError, InputError, printable, shown
 from .manifest import Manifest, Roots, known_roots, path_of
 
 _log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class _Weights:
     def _compare(self, url: str, name: str) -> None:
         if not self._told and self.manifest.is_other(name, path_of(url)):
             self._told = True
-            _log.warning("%s: has another size than the manifest's shard %s%s", shown(url), name, _DOUBT)
+            _log.warning("%s: has another size than the manifest's shard %s%s", shown(url), printable(name), _DOUBT)
 
     def _doubt(self) -> str:
         known = any(self._shards.values())

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from .errors import RunError, in_one_line
 from .records import Floats, Ints
-from .store import replacing
+from .store import check_file, replacing
 
 _HALVES = Struct(">QQ")
 _BITS = 16
@@ -39,6 +39,7 @@ class Lookup:
 
     def __init__(self, path: Path, online: Ints | None = None) -> None:
         try:
+            check_file(path)
             batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         except (OSError, pa.ArrowException) as e:
             raise RunError(f"{path}: missing or damaged ({in_one_line(e)}); run the same command again") from e

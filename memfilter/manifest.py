@@ -41,7 +41,7 @@ from .records import (
 )
 from .shards import SCHEME, leads_out
 from .source import printable_key, sample_uid
-from .store import Store, done, file_digest, read_sealed, read_table, write_sealed, write_table
+from .store import Store, done, file_digest, read_bytes, read_sealed, read_table, write_sealed, write_table
 
 _log = logging.getLogger(__name__)
 
@@ -275,7 +275,7 @@ class Manifest:
         store = Store(path)
         file = store.manifest / "manifest.json"
         try:
-            info = json.loads(file.read_text(encoding="utf-8"))
+            info = json.loads(read_bytes(file))
         except FileNotFoundError:
             raise RunError(f"{path}: holds no manifest; finish the run with 'memfilter run ... --out {path}'") from None
         except (OSError, ValueError) as e:
@@ -312,7 +312,7 @@ class Manifest:
         try:
             stat = os.stat(file)
             seen = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-            is_same = seen == self._seen or self.info["digest"].encode() in file.read_bytes()
+            is_same = seen == self._seen or self.info["digest"].encode() in read_bytes(file)
         except OSError as e:
             raise RunError(f"{file}: cannot be read any more: {e.strerror}; open the manifest where it is now") from e
         if not is_same:

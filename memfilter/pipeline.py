@@ -124,7 +124,7 @@ def generalise(
 
     The file's keys, and `settings` of `generalise`, are laid over the run's own configuration; a model or an endpoint
     is taken from these alone, never from an earlier call.  The same call continues one that was interrupted, and asks
-    again for what had no answer.  Of the rest `rethreshold` tells.  Raises what it does, and ModelError.
+    again for what had no answer.  All else is as in `rethreshold`.  Raises what that does, and ModelError.
     """
     executors.check_guard()
     store = _run_at(path)

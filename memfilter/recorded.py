@@ -11,7 +11,7 @@ from .commit import names_of
 from .config import Config, digest_of
 from .denoisers import ModelFiles
 from .encoders.recorded import Recorded
-from .errors import ConfigError, RunError, in_one_line
+from .errors import ConfigError, RunError, in_one_line, printable
 from .records import Shard, signature_schema
 from .shards import is_local, leads_out
 from .signatures import EARLIER, is_signed, recorded, signed_keys
@@ -87,12 +87,12 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> str:
     """Return what differs between two mappings for a message."""
     names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
     names = ["signatures"] if "signatures" in names else names  # of another version, which tells of all else
-    return ", ".join(f"{name} {_short(was.get(name))} → {_short(now.get(name))}" for name in names)
+    return ", ".join(f"{printable(name)} {_short(was.get(name))} → {_short(now.get(name))}" for name in names)
 
 
 def _short(value: Any) -> str:
     text = "none" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return printable(text if len(text) <= 40 else f"{text[:37]}...")
 
 
 def recorded_by(store: Store, shards: list[Shard]) -> dict[str, str] | None:

@@ -224,7 +224,7 @@ class Endpoint:
             raise ConfigError("generalise.endpoint needs openai: pip install 'memfilter[generalise]'") from e
         self.url, self.model, self.timeout, self.batch_size = url, model, timeout, batch_size
         self.name = f"endpoint:{model}"
-        self.identity = digest_of(["endpoint-1", url, model, PROMPT])
+        self.identity = digest_of(["endpoint-1", without_secrets(url), model, PROMPT])
 
     def rewrite(self, captions: list[str]) -> Iterator[tuple[int, Answer]]:
         """Yield of every caption its place and its answer; raises ModelError where the endpoint refuses key or model.

@@ -412,13 +412,17 @@ def _score_shard(
     todo = {i: part for i, part in enumerate(parts) if not done(part, digest_of([digest, i, size]))}
     wanted = {int(row) for i in todo for row in good[i * size : (i + 1) * size]}
     read = _pictures(shard, table["key"].to_pylist(), wanted, scorer.denoiser.image_size, limits, signatures)
-    for i, part in todo.items():
-        rows = good[i * size : (i + 1) * size]
-        found = list(islice(read, len(rows)))
-        rows_of = _pair_rows(scorer, table.take(rows), found)
-        write_table(part, rows_of, digest_of([digest, i, size]), _note(scorer))
-    for _ in read if todo else ():  # to the end of the shard, which is checked there
-        pass
+    try:
+        for i, part in todo.items():
+            rows = good[i * size : (i + 1) * size]
+            found = list(islice(read, len(rows)))
+            rows_of = _pair_rows(scorer, table.take(rows), found)
+            write_table(part, rows_of, digest_of([digest, i, size]), _note(scorer))
+        for _ in read if todo else ():  # to the end of the shard, which is checked there
+            pass
+    except ChangedShard:  # the finished parts are of other pictures
+        shutil.rmtree(path.parent / path.stem, ignore_errors=True)
+        raise
     scored = pa.concat_tables([PAIR_SCORES.empty_table(), *(read_table(part) for part in parts)])
     rows = np.full(len(table), len(scored))
     rows[good] = np.arange(len(good))

@@ -18,7 +18,7 @@ from .records import Ints, Shard
 from .remote import TIMEOUT
 from .shards import REMEDY, SCHEME, shard_stem
 from .source import BLOCK, Members, open_shard, printable_key
-from .store import canonical, file_digest, read_note, read_table, replacing, write_json
+from .store import canonical, file_digest, read_bytes, read_note, read_table, replacing, write_json
 
 _RECORD = 20 * BLOCK  # what tar pads an archive to
 
@@ -40,7 +40,7 @@ def read_marker(folder: Path, shard: str) -> dict[str, Any] | None:
     """
     path, tar = marker(folder, shard), folder / shard
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = json.loads(read_bytes(path))
         if not isinstance(told["kept"], str):
             return None
         if "was" not in told:
@@ -205,7 +205,7 @@ def write_sizes(folder: Path, counts: dict[str, int], earlier: Iterable[str] = (
 
 def _is_stale(path: Path, names: Iterable[str]) -> bool:
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = json.loads(read_bytes(path))
     except (OSError, ValueError):
         return False
     return isinstance(told, dict) and told.keys() <= {*names} and not any((path.parent / n).exists() for n in told)

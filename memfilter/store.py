@@ -9,11 +9,13 @@ place once it is whole; from the first filtered shard that is replaced to the la
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -160,7 +162,7 @@ class Store:
     def read_run(self) -> dict[str, Any] | None:
         """Return what the first run stored, None for a new directory; raises RunError for another version's."""
         try:
-            stored = json.loads(self.run_file.read_text(encoding="utf-8"))
+            stored = json.loads(read_bytes(self.run_file))
         except FileNotFoundError:
             others = [p.name for p in self.path.iterdir() if not p.name.startswith(".")] if self.path.is_dir() else []
             if others:
@@ -180,6 +182,8 @@ class Store:
         if not is_sealed(self.run_file):
             raise RunError(f"{self.run_file}: its bytes have changed; {_RESTORE}")
         del stored["digest"]
+        if not isinstance(stored.get("root"), str | None):
+            raise RunError(f"{self.run_file}: damaged, its root is no folder's name; {_RESTORE}")
         return stored
 
     def write_run(self, values: dict[str, Any]) -> None:
@@ -245,6 +249,18 @@ def reserve(file: int, size: int) -> None:
         os.posix_fallocate(file, 0, size)
 
 
+def check_file(path: Path) -> None:
+    """Raise OSError for what is no regular file: a named pipe would be waited for for ever, and a device has no end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "is no file", str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a file's bytes; raises OSError for one that cannot be read, or is none."""
+    check_file(path)
+    return path.read_bytes()
+
+
 def canonical(value: Any) -> str:
     """Return the one JSON text in which a value is written."""
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
@@ -265,13 +281,13 @@ def write_sealed(path: Path, values: dict[str, Any], is_private: bool = False) -
 
 def is_sealed(path: Path) -> bool:
     """Tell whether every byte of a file is as `write_sealed` wrote it; raises OSError for one that cannot be read."""
-    return _unsealed(path.read_bytes()) is not None
+    return _unsealed(read_bytes(path)) is not None
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
     """Return what `write_sealed` wrote, None for a file that is not there or not as it was written."""
     try:
-        return _unsealed(path.read_bytes())
+        return _unsealed(read_bytes(path))
     except OSError:
         return None
 
@@ -333,6 +349,7 @@ def read_note(path: Path) -> dict[str, Any]:
 
 def _metadata(path: Path) -> dict[bytes, bytes]:
     try:
+        check_file(path)
         return pq.read_schema(path).metadata or {}
     except (OSError, pa.ArrowException) as e:
         raise RunError(f"{path}: missing or damaged; run the same command again") from e
@@ -341,6 +358,7 @@ def _metadata(path: Path) -> dict[bytes, bytes]:
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Return a table, its pages checked; raises RunError naming a missing or damaged file."""
     try:
+        check_file(path)
         return pq.ParquetFile(path, page_checksum_verification=True).read(columns)
     except (OSError, pa.ArrowException) as e:
         raise RunError(f"{path}: missing or damaged ({e}); delete it and run the same command again") from e
@@ -351,6 +369,7 @@ def file_digest(path: Path) -> str:
 
     Raises RunError for a table that its seal does not fit, OSError for a file that cannot be read.
     """
+    check_file(path)
     with open(path, "rb") as f:
         if path.suffix != ".parquet":
             return _digest_without_seal(f, None)

@@ -13,7 +13,7 @@ from .manifest import Manifest
 from .recorded import recorded_by
 from .records import ACTIONS, Shard
 from .sink import kept_digest, marker, sizes, stats
-from .store import Store, canonical, file_digest, is_sealed, read_digest, read_table
+from .store import Store, canonical, file_digest, is_sealed, read_bytes, read_digest, read_table
 
 
 def verify(path: str | Path, progress: Callable[[list[str]], Iterable[str]] = iter) -> list[str]:
@@ -79,7 +79,7 @@ def _verify_json(store: Store, path: Path, content: Any) -> Iterator[str]:
     """Compare a file with what it must hold."""
     name = path.relative_to(store.path).as_posix()
     try:
-        if path.read_bytes() != canonical(content).encode():
+        if read_bytes(path) != canonical(content).encode():
             yield f"{name}: it, or what it tells of, has changed"
     except OSError as e:
         yield f"{name}: cannot be read: {e.strerror}; run the same command again"

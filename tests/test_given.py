@@ -21,7 +21,7 @@ from conftest import encoded, picture, sample, words, write_tar
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from pipelines import write_pipeline
 from test_encoders import OWN
-from test_finished import RECORD, config, file_of, standing
+from test_finished import PLAIN, RECORD, config, file_of, standing
 from test_generalisation import Serve
 from test_generality import write_wordnet
 from test_remote import Server
@@ -190,6 +190,14 @@ def test_shards_that_are_none_are_one_line(shard: Any, run: Path, tmp_path: Path
     with pytest.raises(RunError, match=r"its run\.json is damaged") as caught:
         memfilter.rethreshold(run, file_of(tmp_path, **RECORD), workers=1)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("root", [3, {}, ["/"]])
+def test_a_root_that_is_none_is_one_line(root: Any, run: Path, shards: Path) -> None:
+    forge(run, lambda stored: stored.__setitem__("root", root))
+    for call in (lambda: memfilter.run([str(shards)], run, config()), lambda: memfilter.Manifest.load(run)):
+        with pytest.raises(RunError, match=r"run\.json: damaged, its root is no folder's name"):
+            call()
 
 
 # -- code -------------------------------------------------------------------------------------------------------------
@@ -544,3 +552,42 @@ def test_a_lock_that_is_a_link_is_not_followed(run: Path, tmp_path: Path) -> Non
     with pytest.raises(RunError, match=r"\.lock: is a link"):
         memfilter.rethreshold(run, None, workers=1)
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+NO_FILES = (
+    *("run.json", "next/run.json", "manifest/manifest.json", "manifest/lookup.arrow", "edges/hash.parquet"),
+    *("manifest/parts/a/00000.tar.parquet", "signatures/a/00000.tar.parquet"),
+    *("shards/a/00000.tar", "shards/a/00000_stats.json"),
+)
+ALL_COMMANDS = """
+import resource, sys, memfilter
+resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
+folder, file, *runs = sys.argv[1:]
+for out in runs:
+    load = lambda: memfilter.Manifest.load(out)
+    for call in (
+        lambda: print(*memfilter.verify(out)),
+        lambda: [load().row("a/00000.tar", "00"), load().weight("a/00000.tar", "00")],
+        lambda: memfilter.rethreshold(out, file, workers=1),
+        lambda: memfilter.run([folder], out, memfilter.Config.load(file), workers=1, update=True),
+    ):
+        try:
+            call()
+        except (memfilter.MemfilterError, OSError) as e:
+            print(e)
+"""
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_does_not_hold_a_command_up(kind: str, own: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, out = own
+    runs = [Path(shutil.copytree(out, tmp_path / f"out-{i}")) for i in range(len(NO_FILES))]
+    for run, name in zip(runs, NO_FILES, strict=True):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name) if kind == "pipe" else (run / name).symlink_to("/dev/zero")
+    given = file_of(tmp_path, **PLAIN, **RECORD)
+    command = [sys.executable, "-c", ALL_COMMANDS, str(folder), str(given), *map(str, runs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert done.stdout.count("is no file") >= len(NO_FILES)

@@ -391,6 +391,21 @@ def test_a_shard_that_changed_before_its_pairs_are_scored_is_told(
         memfilter.rethreshold(tmp_path / "out", tmp_path / "pair.yaml", 1)
 
 
+def test_no_score_of_another_shards_pictures_stays(models: dict[str, Path], shards: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(shards, tmp_path / "in"))
+    memfilter.run([str(folder)], tmp_path / "out", Config.parse({"images": {"encoder": None}}), 1)
+    members = [m for i in range(7) for m in sample(f"{i:03}", encoded(picture(90 + i), "PNG"), "another")]
+    write_tar(folder / "00001.tar", [*members, *sample("bad", b"no image", "a broken one")])
+    wanted = config(models["epsilon"])
+    (tmp_path / "pair.yaml").write_text(yaml.safe_dump({"magnitude": wanted.model_dump(mode="json")["magnitude"]}))
+    with pytest.raises(memfilter.ShardError, match=r"00001\.tar: has changed since it was read"):
+        memfilter.rethreshold(tmp_path / "out", tmp_path / "pair.yaml", 1)
+    shutil.copy(shards / "00001.tar", folder)
+    memfilter.rethreshold(tmp_path / "out", tmp_path / "pair.yaml", 1)
+    memfilter.run([str(folder)], tmp_path / "fresh", wanted, 1)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
 def test_a_caption_is_kept_out_of_pools_where_a_pair_with_it_is_memorized(
     models: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -306,7 +306,8 @@ def test_a_decision_that_cannot_write_its_shards_leaves_the_run_as_it_was(plante
     (tmp_path / "in" / "00001.tar").rename(tmp_path / "moved.tar")
     (tmp_path / "new.yaml").write_text("policy: {image_duplicate: record}")
     with pytest.raises(
-        ShardError, match=r"^00001\.tar: cannot be read: .*: bring the shard back, or set output\.shards"
+        ShardError,
+        match=r"^00001\.tar: cannot be read: .*: bring the shard back, say with --inputs where",
     ):
         memfilter.rethreshold(tmp_path / "out", tmp_path / "new.yaml", workers=1)
     after = tree(tmp_path / "out")

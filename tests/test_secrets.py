@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from memfilter import Config, ConfigError, Manifest, MemfilterError, ModelError,
 from memfilter.cli import cli
 from memfilter.errors import shown, without_secrets
 from memfilter.records import Shard
+from memfilter.rewriters import Endpoint
 from memfilter.source import open_shard
 from memfilter.store import read_sealed, write_sealed
 
@@ -56,6 +58,13 @@ SECRET = "s3cr3t"
 def test_a_url_is_told_without_userinfo_and_query(text: str, expected: str) -> None:
     assert without_secrets(text) == expected
     assert str(MemfilterError(text)) == expected
+
+
+@pytest.mark.parametrize("part", ["a-", "a.", "a://", "a://a", "?a", "@a://", '?a="'])
+def test_a_long_name_takes_no_long_time(part: str) -> None:
+    text, started = part * 200_000 + "?@", time.process_time()
+    without_secrets(text)
+    assert time.process_time() - started < 5
 
 
 def test_of_a_command_the_program_and_the_shard_are_told() -> None:
@@ -201,6 +210,11 @@ def test_an_endpoints_password_and_key_reach_nothing(
     assert SECRET not in str(wrong.value)
 
 
+def test_answers_are_an_endpoints_by_whichever_password_it_was_asked() -> None:
+    endpoints = [Endpoint(f"https://{who}host/v1", "small", 1.0, 1) for who in (f"me:{SECRET}@", "me:other@", "")]
+    assert len({endpoint.identity for endpoint in endpoints}) == 1
+
+
 def test_a_picture_of_no_secret_is_as_it_was(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "in" / "what?x=1.tar", sample("0", encoded(picture(0)), "one"))
     assert memfilter.run([str(shard)], tmp_path / "out", config(), workers=1).shards == ["what?x=1.tar"]
@@ -256,3 +270,34 @@ def test_what_a_manifest_tells_is_printed_without_control_codes(run: Path, tmp_p
     with pytest.raises(MemfilterError) as told:
         memfilter.rethreshold(tmp_path / "own", workers=1)
     assert str(told.value).isprintable()
+
+
+def test_what_a_run_directory_tells_of_encoders_and_counts_is_printed_without_control_codes(
+    run: Path, tmp_path: Path
+) -> None:
+    """Where whoever wrote it sealed it, and where a log tells it."""
+    stored = read_sealed(run / "manifest" / "manifest.json")
+    assert stored
+    stored["counts"]["read"] = CODES
+    write_sealed(run / "manifest" / "manifest.json", stored)
+    arguments = ["export", str(run), "--to", "keys", "--out", str(tmp_path / "keys")]
+    assert_printable(arguments)
+    out = tmp_path / "own"
+    write_tar(tmp_path / "in" / "0.tar", sample("0", encoded(picture(0)), "one"))
+    memfilter.run([str(tmp_path / "in")], out, Config(), workers=1)
+
+    def point(stored: dict[str, Any]) -> None:
+        stored["config"]["images"]["encoder"] = CODES
+        stored["encoders"]["images"]["similarity"] = None
+
+    forge(out, point)
+    shown = assert_printable(["-v", "rethreshold", str(out), "--workers", "1"])
+    assert "the cosine of its copies was never measured" in shown.stderr
+
+
+def assert_printable(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "memfilter", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(line.isprintable() for line in (done.stdout + done.stderr).replace("\r", "\n").split("\n"))
+    return done

@@ -48,7 +48,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class RecordedCaptions:
-    """A caption encoder that nobody may call: what was encoded by it is used, and nothing else can be."""
+    """A caption encoder whose code may not run: what it has encoded is used, other texts raise ConfigError."""
 
     identity: str
     similarity: float | None
