@@ -89,7 +89,7 @@ def main() -> None:
     arguments.add_argument("--most", type=int, default=400, help="pictures of a folder")
     arguments.add_argument("--cache", type=Path, default=Path("/tmp/train_comparison"))
     arguments.add_argument(
-        "--bias", type=float, default=-3.25, help="added to the sum of the trees: moves the threshold"
+        "--bias", type=float, default=-2.85, help="added to the sum of the trees: moves the threshold"
     )
     arguments.add_argument("--out", type=Path, default=TREES)
     arguments.add_argument("--json", type=Path)
