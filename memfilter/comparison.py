@@ -237,15 +237,18 @@ def _compare_all(pictures, a, b, maps, mirrored, turned, found):  # type: ignore
         needle, hay = (one, other) if turned[i] else (other, one)
         fit = _laid(needle[0], hay[0], affine)
         # a symmetric drawing lies on its copy in the mirror too, and a soft edge can lead the search astray
-        is_as_it_is = not mirrored[i] and _is_as_it_is(maps[i])
-        for way in range(1 if is_as_it_is else 0, _WAYS if mirrored[i] or fit < _WELL else 0):
-            turned_ = _lay_anew(way, upright[0], one[0], another)
-            first, second = (one, upright) if turned_ else (upright, one)
+        is_well = fit >= _WELL and not mirrored[i]
+        for by_axes in (False, True):
+            if is_well or (not by_axes and not mirrored[i] and _is_as_it_is(maps[i])):
+                continue
+            is_hay = by_axes and _lay_by_axes(upright[0], one[0], another)
+            if not by_axes:
+                _lay(another, 0.0, 0.0, 0.0)
+            first, second = (one, upright) if is_hay else (upright, one)
             anew = _laid(first[0], second[0], another)
             if anew >= fit - (_SYMMETRIC if found[i, 1] else 0.0):
                 needle, hay, affine, fit, found[i, 1] = first, second, another.copy(), anew, 0.0
-            if fit >= _WELL:
-                break
+            is_well = fit >= _WELL
         _refine_in_full(needle[0], hay[0], affine)
         _compare(needle, hay, affine, found[i], room)
         found[i, 50], found[i, 51] = _ground(needle[0]), _ground(hay[0])
@@ -262,20 +265,15 @@ def _is_as_it_is(affine):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _lay_anew(way, needle, hay, affine):  # type: ignore[no-untyped-def]
-    """Fill in a map: 0 as the needle is, 1 by its rows and columns; tell whether the hay is the smaller one by it."""
-    if way == 0:
-        _lay(affine, 0.0, 0.0, 0.0)
-        return False
+def _lay_by_axes(needle, hay, affine):  # type: ignore[no-untyped-def]
+    """Fill in the map of the smaller picture to the larger one by rows and columns; tell whether the hay is smaller."""
     lay_by_axes(_resized(needle, _HALF, _HALF), _resized(hay, _HALF, _HALF), affine)
-    if affine[1] * affine[5] <= 1:
+    y, height, x, width = affine[0], affine[1], affine[3], affine[5]
+    if height * width <= 1:
         return False
-    for at, scale in ((0, affine[1]), (3, affine[5])):
-        affine[at], affine[at + 1 + at // 3] = 0.5 + (0.5 - affine[at]) / scale, 1 / scale
+    affine[0], affine[1] = 0.5 + (0.5 - y) / height, 1 / height
+    affine[3], affine[5] = 0.5 + (0.5 - x) / width, 1 / width
     return True
-
-
-_WAYS = 2
 
 
 @_compiled

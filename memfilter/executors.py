@@ -74,9 +74,8 @@ def run(
         for i, item in enumerate(items):
             yield _here(function, (*slots[:1], *item) if slots else item, what(i))
         return
-    waiting = [*range(len(items) - 1, -1, -1)]
+    waiting, retrying = [*range(len(items) - 1, -1, -1)], False
     again: list[int] = []  # to be tried alone, after the others
-    retrying = False
     idle = [_Worker(slots[i] if slots else None) for i in range(workers)]
     busy: dict[Future[R], tuple[_Worker, int]] = {}
     try:
